@@ -1,0 +1,455 @@
+"""The operators of cmd_ext: public function, fake kernel and autograd formula of each.
+
+Schemas are in csrc/ops.cpp, the same functions in plain PyTorch in ref.py. S is stored as `values` and a `Pattern`,
+its support in both orientations, so that every gradient is a gather. Outputs are contiguous (channels_last where the
+input image is), results do not depend on the number of threads.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.library import register_autograd, register_fake
+
+_ops = torch.ops.cmd_ext
+IntPair = tuple[int, int]
+
+
+class Pattern(NamedTuple):
+    """Support of S [m, n] as CSR and as CSR of its transpose, all int32.
+
+    `row_ptr` [m + 1] and `col_idx` [nnz] list S by rows, columns ascending. `col_ptr` [groups * n + 1] and `row_idx`
+    [nnz] list it by columns (column c of row group g at g * n + c), with `values[perm]` the values in that order.
+    """
+
+    row_ptr: Tensor
+    col_idx: Tensor
+    col_ptr: Tensor
+    row_idx: Tensor
+    perm: Tensor
+
+    @classmethod
+    def from_csr(cls, row_ptr: Tensor, col_idx: Tensor, n: int, groups: int = 1) -> Pattern:
+        """Checks a CSR support and adds its transpose.
+
+        Args:
+            row_ptr: [m + 1] integers from 0 to nnz, not decreasing.
+            col_idx: [nnz] integers in [0, n), strictly ascending within a row.
+            n: columns of S.
+            groups: row groups (of a grouped convolution); divides m.
+
+        Raises:
+            ValueError: the arrays are not a CSR support of n columns.
+        """
+        row_ptr, col_idx = row_ptr.to(torch.int32), col_idx.to(torch.int32)
+        rows = csr_rows(row_ptr, col_idx, n)
+        m = row_ptr.numel() - 1
+        if m % groups:
+            raise ValueError(f"Pattern: groups must divide the {m} rows, got {groups}")
+        columns = col_idx.long() + (rows * groups // max(m, 1)) * n
+        perm = torch.argsort(columns, stable=True)
+        counts = torch.bincount(columns, minlength=groups * n)
+        col_ptr = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+        return cls(row_ptr, col_idx, col_ptr.int(), rows[perm].int(), perm.int())
+
+    def transpose(self) -> Pattern:
+        """The pattern of S^T (groups = 1); its values are `values[perm]`."""
+        inverse = torch.empty_like(self.perm)
+        inverse[self.perm.long()] = torch.arange(len(self.perm), dtype=self.perm.dtype, device=self.perm.device)
+        return Pattern(self.col_ptr, self.row_idx, self.row_ptr, self.col_idx, inverse)
+
+
+def csr_rows(row_ptr: Tensor, col_idx: Tensor, n: int) -> Tensor:
+    """The row of every nonzero [nnz], int64, after checking that the arrays are a CSR support of n columns."""
+    if row_ptr.dim() != 1 or col_idx.dim() != 1 or row_ptr.numel() < 1:
+        raise ValueError(f"CSR: row_ptr must be [m + 1] and col_idx [nnz], got {[*row_ptr.shape]} and {[*col_idx.shape]}")
+    counts = row_ptr.diff()
+    nnz = col_idx.numel()
+    if row_ptr[0] != 0 or row_ptr[-1] != nnz or (counts < 0).any():
+        raise ValueError(f"CSR: row_ptr must rise from 0 to nnz = {nnz}, got {row_ptr[0].item()} to {row_ptr[-1].item()}")
+    if nnz and not 0 <= col_idx.min() <= col_idx.max() < n:
+        raise ValueError(f"CSR: col_idx must lie in [0, {n}), got {col_idx.min().item()} to {col_idx.max().item()}")
+    rows = torch.repeat_interleave(torch.arange(len(counts), device=row_ptr.device), counts.long())
+    if ((col_idx.diff() <= 0) & (rows.diff() == 0)).any():
+        raise ValueError("CSR: col_idx must ascend strictly within each row, got repeated or unsorted columns")
+    return rows
+
+
+def _check_dtypes(op: str, first: str, like: Tensor, **others: Tensor | None) -> None:
+    for name, tensor in others.items():
+        if tensor is not None and tensor.dtype != like.dtype:
+            raise TypeError(f"{op}: {name} must have the dtype of {first} = {like.dtype}, got {tensor.dtype}")
+
+
+def _autocast(x: Tensor, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Under autocast, casts floating tensors to its dtype, as torch's own linear and convolution do."""
+    device = x.device.type
+    if not torch.is_autocast_enabled(device) or x.dtype == torch.float64:
+        return (x, *tensors)
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(t if t is None else t.to(dtype) for t in (x, *tensors))
+
+
+# truncated_svd ------------------------------------------------------------------------------------------------------
+
+
+def truncated_svd(
+    a: Tensor,
+    rank: int,
+    *,
+    n_iter: int = 4,
+    oversample: int = 8,
+    basis: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Leading `rank` singular triplets of each matrix, by subspace iteration.
+
+    Args:
+        a: [b, m, n] or [m, n], float32 or float64.
+        rank: 0 <= rank <= min(m, n).
+        n_iter: steps of subspace iteration; 0 is enough with a warm `basis`.
+        oversample: extra columns of the random start.
+        basis: [b, n, l] or [n, l] start with rank <= l <= min(m, n), e.g. the previous vh transposed. Random if None.
+        generator: of the random start.
+
+    Returns:
+        u [b, m, rank], s [b, rank] descending, vh [b, rank, n]; contiguous, without b for a matrix. The entry of
+        each column of u largest in magnitude is positive.
+
+    Raises:
+        ValueError: rank, basis or a 16-bit dtype do not fit.
+
+    Source: Halko, Martinsson, Tropp, SIAM Review 2011, algorithm 4.4. The error grows where s[rank] / s[rank - 1] is
+    near 1.
+    """
+    single = a.dim() == 2
+    if single:
+        a, basis = a[None], None if basis is None else basis[None]
+    if a.dim() != 3:
+        raise ValueError(f"truncated_svd: a must be [b, m, n] or [m, n], got {[*a.shape]}")
+    b, m, n = a.shape
+    if not 0 <= rank <= min(m, n):
+        raise ValueError(f"truncated_svd: rank must lie in [0, min(m, n)] = [0, {min(m, n)}], got {rank}")
+    if basis is None:
+        columns = min(rank + oversample, m, n)
+        basis = torch.randn(b, n, columns, dtype=a.dtype, device=a.device, generator=generator)
+    _check_dtypes("truncated_svd", "a", a, basis=basis)
+    u, s, vh = _ops.truncated_svd(a, basis, rank, n_iter)
+    return (u[0], s[0], vh[0]) if single else (u, s, vh)
+
+
+@register_fake("cmd_ext::truncated_svd")
+def _(a, basis, rank, n_iter):
+    b, m, n = a.shape
+    return a.new_empty(b, m, rank), a.new_empty(b, rank), a.new_empty(b, rank, n)
+
+
+def _svd_setup(ctx, inputs, output):
+    ctx.save_for_backward(inputs[0], *output)
+
+
+def _svd_backward(ctx, gu, gs, gvh):
+    """Adjoint of the leading triplets, exact at convergence (the basis then has no influence).
+
+    With t = (u_j, v_j) of A, a perturbation moves u_j and v_j within all other singular directions; the adjoint solves
+    that linear system through a full SVD: for i != j, with F_ij = 1 / (s_j^2 - s_i^2),
+    dA = U (diag(gs) + (F*(U^T gU)) S_r + S (F*(V^T gV))) V^T summed over retained j, i over all directions.
+    """
+    a, u, s, vh = ctx.saved_tensors
+    full_u, full_s, full_vh = torch.linalg.svd(a, full_matrices=True)
+    k, r = full_s.shape[-1], s.shape[-1]
+    m, n = a.shape[-2:]
+    # Same signs as the retained triplets; directions beyond k have singular value 0.
+    signs = (full_u[..., :r] * u).sum(-2, keepdim=True).sign()
+    full_u = torch.cat([full_u[..., :r] * signs, full_u[..., r:]], -1)
+    full_vh = torch.cat([full_vh[..., :r, :] * signs.mT, full_vh[..., r:, :]], -2)
+    zeros = full_s.new_zeros(*full_s.shape[:-1], max(m, n) - k)
+    left = torch.cat([full_s, zeros[..., : m - k]], -1)
+    right = torch.cat([full_s, zeros[..., : n - k]], -1)
+
+    def coefficients(values):  # F [.., i, j] with zeros on the diagonal
+        gap = s.square()[..., None, :] - values.square()[..., :, None]
+        f = torch.where(gap == 0, torch.zeros_like(gap), 1 / gap)
+        f.diagonal(dim1=-2, dim2=-1).zero_()
+        return f
+
+    p = coefficients(left) * (full_u.mT @ gu)  # [m, r]
+    q = coefficients(right) * (full_vh @ gvh.mT)  # [n, r]
+    # dA = sum_j sum_i p_ij (s_j u_i v_j^T + s_i u_j v_i^T) + q_ij (s_j u_j v_i^T + s_i u_i v_j^T)
+    grad = (u * gs[..., None, :]) @ vh
+    grad = grad + (full_u @ (p * s[..., None, :])) @ vh
+    grad = grad + u @ ((p * left[..., :, None])[..., :k, :].mT @ full_vh[..., :k, :])
+    grad = grad + u @ ((q * s[..., None, :]).mT @ full_vh)
+    grad = grad + (full_u[..., :k] @ (q * right[..., :, None])[..., :k, :]) @ vh
+    return grad, None, None, None
+
+
+register_autograd("cmd_ext::truncated_svd", _svd_backward, setup_context=_svd_setup)
+
+
+# topk_csr -----------------------------------------------------------------------------------------------------------
+
+
+def topk_csr(a: Tensor, nnz: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The exactly `nnz` entries of a matrix largest in magnitude, as CSR.
+
+    Args:
+        a: [m, n], float32, float64, bfloat16 or float16.
+        nnz: 0 <= nnz <= m * n.
+
+    Returns:
+        values [nnz], row_ptr [m + 1] int32, col_idx [nnz] int32. Ties go to the lower linear index; NaN counts as
+        larger than infinity.
+
+    Raises:
+        ValueError: nnz out of range, or too many entries for int32.
+    """
+    return _ops.topk_csr(a, nnz)
+
+
+@register_fake("cmd_ext::topk_csr")
+def _(a, nnz):
+    ints = {"dtype": torch.int32}
+    return a.new_empty(nnz), a.new_empty(a.shape[0] + 1, **ints), a.new_empty(nnz, **ints)
+
+
+def _topk_setup(ctx, inputs, output):
+    _, row_ptr, col_idx = output
+    ctx.save_for_backward(row_ptr, col_idx)
+    ctx.size = inputs[0].shape
+    ctx.mark_non_differentiable(row_ptr, col_idx)
+
+
+def _topk_backward(ctx, grad, _row_ptr, _col_idx):
+    row_ptr, col_idx = ctx.saved_tensors
+    m, n = ctx.size
+    rows = torch.repeat_interleave(
+        torch.arange(m, device=grad.device), row_ptr.diff().long(), output_size=col_idx.shape[0]
+    )
+    return grad.new_zeros(m * n).index_put((rows * n + col_idx,), grad).view(m, n), None
+
+
+register_autograd("cmd_ext::topk_csr", _topk_backward, setup_context=_topk_setup)
+
+
+# lrs_linear, sddmm --------------------------------------------------------------------------------------------------
+
+
+def lrs_linear(x: Tensor, u: Tensor, v: Tensor, values: Tensor, pattern: Pattern, bias: Tensor | None = None) -> Tensor:
+    """y = x (U V + S)^T + bias, without building U V + S.
+
+    Args:
+        x: [..., n], float32, float64, bfloat16 or float16 (accumulated in float32).
+        u: [m, r]; r may be 0.
+        v: [r, n].
+        values: [nnz] of S.
+        pattern: support of S [m, n].
+        bias: [m] or None.
+
+    Returns:
+        [..., m], contiguous.
+
+    Raises:
+        ValueError: shapes do not fit, or the pattern is no CSR support.
+        TypeError: dtypes differ.
+
+    Source: Zhang et al., Machine Learning 2022, the decomposed layer.
+    """
+    x, u, v, values, bias = _autocast(x, u, v, values, bias)
+    _check_dtypes("lrs_linear", "x", x, u=u, v=v, values=values, bias=bias)
+    return _ops.lrs_linear(x, u, v, values, *pattern, bias)
+
+
+@register_fake("cmd_ext::lrs_linear")
+def _(x, u, v, values, row_ptr, col_idx, col_ptr, row_idx, perm, bias):
+    return x.new_empty(*x.shape[:-1], u.shape[0])
+
+
+def _linear_setup(ctx, inputs, output):
+    *tensors, _bias = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _linear_backward(ctx, grad):
+    """With y = x (U V + S)^T: dx = dy (U V + S), the same op with (V^T, U^T, S^T); dS = dy^T x on the support."""
+    x, u, v, values, row_ptr, col_idx, col_ptr, row_idx, perm = ctx.saved_tensors
+    need_x, need_u, need_v, need_values, *_, need_bias = ctx.needs_input_grad
+    gx = gu = gv = gvalues = gbias = None
+    rows, grads = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
+    if need_x:
+        # The transposed call never reads its own transpose, so row_ptr and col_idx only fill the places.
+        gx = _ops.lrs_linear(grad, v.t(), u.t(), values[perm], col_ptr, row_idx, row_ptr, col_idx, perm, None)
+    if need_u:
+        gu = grads.t() @ (rows @ v.t())
+    if need_v:
+        gv = (grads @ u).t() @ rows
+    if need_values:
+        gvalues = _ops.sddmm(grads.t(), rows.t(), row_ptr, col_idx)
+    if need_bias:
+        gbias = grads.sum(0)
+    return gx, gu, gv, gvalues, None, None, None, None, None, gbias
+
+
+register_autograd("cmd_ext::lrs_linear", _linear_backward, setup_context=_linear_setup)
+
+
+def sddmm(a: Tensor, b: Tensor, row_ptr: Tensor, col_idx: Tensor) -> Tensor:
+    """Sampled dense-dense product: (a b^T) at the positions of a CSR support.
+
+    Args:
+        a: [m, k].
+        b: [n, k], dtype of a.
+        row_ptr: [m + 1] int32.
+        col_idx: [nnz] int32 in [0, n).
+
+    Returns:
+        [nnz], accumulated in float32 for 16-bit types.
+
+    Raises:
+        ValueError: shapes do not fit or the support is no CSR.  TypeError: dtypes differ.
+    """
+    _check_dtypes("sddmm", "a", a, b=b)
+    return _ops.sddmm(a, b, row_ptr, col_idx)
+
+
+@register_fake("cmd_ext::sddmm")
+def _(a, b, row_ptr, col_idx):
+    return a.new_empty(col_idx.shape[0])
+
+
+def _sddmm_setup(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _sddmm_backward(ctx, grad):
+    """With G the gradient on the support: da = G b and db = G^T a, products of a sparse matrix with rank 0."""
+    a, b, row_ptr, col_idx = ctx.saved_tensors
+    m, n, nnz = a.shape[0], b.shape[0], col_idx.shape[0]
+    rows = torch.repeat_interleave(torch.arange(m, device=a.device), row_ptr.diff().long(), output_size=nnz)
+    perm = torch.argsort(col_idx.long() * m + rows)
+    counts = torch.zeros(n, dtype=torch.int32, device=a.device).index_add(0, col_idx, torch.ones_like(col_idx))
+    col_ptr = torch.cat([counts.new_zeros(1), counts.cumsum(0, dtype=torch.int32)])
+    forward = (row_ptr, col_idx, col_ptr, rows[perm].int(), perm.int())
+    backward = (*forward[2:4], *forward[:2], perm.int())
+
+    def product(dense, values, m, n, pattern):  # [n, k] -> [m, k]
+        none = grad.new_empty
+        return _ops.lrs_linear(dense.t(), none(m, 0), none(0, n), values, *pattern, None).t()
+
+    return product(b, grad, m, n, forward), product(a, grad[perm], n, m, backward), None, None
+
+
+register_autograd("cmd_ext::sddmm", _sddmm_backward, setup_context=_sddmm_setup)
+
+
+# lrs_conv2d ---------------------------------------------------------------------------------------------------------
+
+
+def lrs_conv2d(
+    x: Tensor,
+    u: Tensor,
+    v: Tensor,
+    values: Tensor,
+    pattern: Pattern,
+    bias: Tensor | None,
+    kernel_size: IntPair,
+    stride: IntPair = (1, 1),
+    padding: IntPair = (0, 0),
+    dilation: IntPair = (1, 1),
+    groups: int = 1,
+) -> Tensor:
+    """2-d convolution with the kernel U V + S, without building it.
+
+    Args:
+        x: [batch, channels, height, width], float32, float64, bfloat16 or float16 (accumulated in float32), any
+            strides.
+        u: [m, r], m = out_channels; r may be 0.
+        v: [groups * r, n], n = channels / groups * kernel_h * kernel_w; rows g * r .. belong to group g.
+        values: [nnz] of S.
+        pattern: support of S [m, n], `Pattern.from_csr(..., n, groups)`.
+        bias: [m] or None.
+        kernel_size, stride, padding, dilation: (height, width).
+        groups: as in torch.nn.functional.conv2d.
+
+    Returns:
+        [batch, m, out_height, out_width]; channels_last if x is.
+
+    Raises:
+        ValueError: shapes do not fit, or the pattern is no CSR support.
+        TypeError: dtypes differ.
+
+    Source: Zhang et al., Machine Learning 2022, the decomposed layer.
+    """
+    x, u, v, values, bias = _autocast(x, u, v, values, bias)
+    _check_dtypes("lrs_conv2d", "x", x, u=u, v=v, values=values, bias=bias)
+    return _ops.lrs_conv2d(x, u, v, values, *pattern, bias, kernel_size, stride, padding, dilation, groups)
+
+
+def _like_image(x: Tensor, size) -> Tensor:
+    """An empty [N, C, H, W] in the memory format of x, by the rule of csrc/conv2d.cpp."""
+    last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    memory_format = torch.channels_last if last else torch.contiguous_format
+    return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=memory_format)
+
+
+@register_fake("cmd_ext::lrs_conv2d")
+def _(x, u, v, values, row_ptr, col_idx, col_ptr, row_idx, perm, bias, kernel_size, stride, padding, dilation, groups):
+    spans = [d * (k - 1) + 1 for k, d in zip(kernel_size, dilation, strict=True)]
+    out = [(s + 2 * p - k) // t + 1 for s, p, k, t in zip(x.shape[2:], padding, spans, stride, strict=True)]
+    return _like_image(x, (x.shape[0], u.shape[0], *out))
+
+
+@register_fake("cmd_ext::_lrs_conv2d_grad_input")
+def _(grad, u, v, values, row_ptr, col_idx, col_ptr, row_idx, perm, input_size, kernel_size, stride, padding, dilation, groups):
+    channels = v.shape[1] // (kernel_size[0] * kernel_size[1]) * groups
+    return _like_image(grad, (grad.shape[0], channels, *input_size))
+
+
+@register_fake("cmd_ext::_lrs_conv2d_grad_values")
+def _(grad, x, row_ptr, col_idx, kernel_size, stride, padding, dilation, groups):
+    return grad.new_empty(col_idx.shape[0])
+
+
+def _conv_setup(ctx, inputs, output):
+    *tensors, _bias, kernel_size, stride, padding, dilation, groups = inputs
+    ctx.save_for_backward(*tensors)
+    ctx.geometry = kernel_size, stride, padding, dilation, groups
+
+
+def _conv_backward(ctx, grad):
+    """dx by the transposed support, dS on the support only; dU and dV through torch's convolution gradients.
+
+    z = V * x is computed again rather than kept, as it costs a fraction r / m of the layer.
+    """
+    x, u, v, values, *pattern = ctx.saved_tensors
+    kernel_size, stride, padding, dilation, groups = ctx.geometry
+    need_x, need_u, need_v, need_values, *_, need_bias, _, _, _, _, _ = ctx.needs_input_grad
+    m, r = u.shape
+    gx = gu = gv = gvalues = gbias = None
+    if need_x:
+        gx = _ops._lrs_conv2d_grad_input(grad, u, v, values, *pattern, x.shape[2:], *ctx.geometry)
+    if need_values:
+        gvalues = _ops._lrs_conv2d_grad_values(grad, x, *pattern[:2], *ctx.geometry)
+    if (need_u or need_v) and r > 0:
+        v_kernel = v.view(groups * r, -1, *kernel_size)
+        u_kernel = u.reshape(m, r, 1, 1)
+        z = torch.nn.functional.conv2d(x, v_kernel, None, stride, padding, dilation, groups)
+        dz, du, _ = torch.ops.aten.convolution_backward(
+            grad, z, u_kernel, None, [1, 1], [0, 0], [1, 1], False, [0, 0], groups, [need_v, need_u, False]
+        )
+        gu = du.view(m, r) if need_u else None
+        if need_v:
+            _, dv, _ = torch.ops.aten.convolution_backward(
+                dz, x, v_kernel, None, stride, padding, dilation, False, [0, 0], groups, [False, True, False]
+            )
+            gv = dv.reshape(v.shape)
+    elif r == 0:
+        gu, gv = torch.zeros_like(u) if need_u else None, torch.zeros_like(v) if need_v else None
+    if need_bias:
+        gbias = grad.sum((0, 2, 3))
+    return gx, gu, gv, gvalues, None, None, None, None, None, gbias, None, None, None, None, None
+
+
+register_autograd("cmd_ext::lrs_conv2d", _conv_backward, setup_context=_conv_setup)

@@ -1,0 +1,66 @@
+"""The operators in plain PyTorch: their specification, the oracle of the tests and the baseline of the benches.
+
+Same names and arguments as ops.py. They build S (and U V + S) densely, in the dtype of the arguments; nothing falls
+back to them.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .ops import Pattern
+
+
+def csr_to_dense(values: Tensor, row_ptr: Tensor, col_idx: Tensor, n: int) -> Tensor:
+    """S [m, n] from CSR, differentiable in `values`."""
+    m = row_ptr.numel() - 1
+    rows = torch.repeat_interleave(torch.arange(m, device=values.device), row_ptr.diff().long())
+    return values.new_zeros(m, n).index_put((rows, col_idx.long()), values)
+
+
+def dense_weight(u: Tensor, v: Tensor, values: Tensor, pattern: Pattern, groups: int = 1) -> Tensor:
+    """U V + S [m, n]; with groups, U [m, r] and V [groups * r, n] are multiplied group by group."""
+    m, r = u.shape
+    n = v.shape[1]
+    low_rank = torch.bmm(u.view(groups, m // groups, r), v.view(groups, r, n)).view(m, n)
+    return low_rank + csr_to_dense(values, pattern.row_ptr, pattern.col_idx, n)
+
+
+def truncated_svd(a: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Leading triplets by a full SVD, signed like ops.truncated_svd."""
+    u, s, vh = torch.linalg.svd(a, full_matrices=False)
+    u, s, vh = u[..., :rank], s[..., :rank], vh[..., :rank, :]
+    largest = u.gather(-2, u.abs().argmax(-2, keepdim=True))
+    signs = torch.where(largest < 0, -1.0, 1.0).to(a.dtype)
+    return u * signs, s, vh * signs.mT
+
+
+def topk_csr(a: Tensor, nnz: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Largest |a| by a stable sort (so that ties go to the lower linear index), NaN first."""
+    flat = a.flatten().double()
+    magnitude = torch.where(flat.isnan(), torch.inf, flat.abs())
+    by_size = torch.argsort(magnitude, descending=True, stable=True)
+    nan_first = torch.argsort(flat[by_size].isnan().to(torch.int8), descending=True, stable=True)
+    kept = by_size[nan_first][:nnz].sort().values
+    m, n = a.shape
+    counts = torch.bincount(kept // n, minlength=m)
+    row_ptr = torch.cat([counts.new_zeros(1), counts.cumsum(0)]).int()
+    return a.flatten()[kept], row_ptr, (kept % n).int()
+
+
+def lrs_linear(x: Tensor, u: Tensor, v: Tensor, values: Tensor, pattern: Pattern, bias: Tensor | None = None) -> Tensor:
+    return F.linear(x, dense_weight(u, v, values, pattern), bias)
+
+
+def sddmm(a: Tensor, b: Tensor, row_ptr: Tensor, col_idx: Tensor) -> Tensor:
+    rows = torch.repeat_interleave(torch.arange(a.shape[0], device=a.device), row_ptr.diff().long())
+    return (a @ b.T)[rows, col_idx.long()]
+
+
+def lrs_conv2d(
+    x, u, v, values, pattern, bias, kernel_size, stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups=1
+) -> Tensor:
+    weight = dense_weight(u, v, values, pattern, groups).view(u.shape[0], -1, *kernel_size)
+    return F.conv2d(x, weight, bias, stride, padding, dilation, groups)

@@ -1,0 +1,202 @@
+// Entry points of lrs_conv2d and its gradients. The low-rank branch (V as a kernel_size convolution to groups * r
+// channels, then U as a 1x1 convolution) runs on torch's convolution; the sparse branch adds into the same output.
+#include "ops.h"
+
+namespace cmd_ext {
+namespace {
+
+struct Conv {
+  const char* op;
+  Sizes kernel, stride, padding, dilation;
+  int64_t groups;
+  Sizes none{0, 0}, one{1, 1};
+
+  Conv(const char* op, Sizes kernel, Sizes stride, Sizes padding, Sizes dilation, int64_t groups)
+      : op(op), kernel(kernel), stride(stride), padding(padding), dilation(dilation), groups(groups) {
+    for (auto [name, value, low] : {std::tuple{"kernel_size", &this->kernel, 1}, {"stride", &this->stride, 1},
+                                    {"padding", &this->padding, 0}, {"dilation", &this->dilation, 1}}) {
+      check(value->size() == 2, op, ": ", name, " must be two integers, got ", *value);
+      check((*value)[0] >= low && (*value)[1] >= low, op, ": ", name, " must be >= ", low, ", got ", *value);
+    }
+    check(groups >= 1, op, ": groups must be >= 1, got ", groups);
+  }
+
+  int64_t taps() const { return kernel[0] * kernel[1]; }
+  int64_t span(int i) const { return dilation[i] * (kernel[i] - 1) + 1; }
+  Sizes output_size(int64_t height, int64_t width) const {
+    const Sizes size{height, width};
+    Sizes out(2);
+    for (int i = 0; i < 2; ++i) {
+      check(size[i] + 2 * padding[i] >= span(i), op, ": padded input ", size[i] + 2 * padding[i],
+            " is smaller than the kernel's span ", span(i));
+      out[i] = (size[i] + 2 * padding[i] - span(i)) / stride[i] + 1;
+    }
+    return out;
+  }
+  cpu::ConvShape shape(int64_t batch) const {
+    return {batch, groups, kernel[0], kernel[1], stride[0], stride[1], padding[0], padding[1], dilation[0], dilation[1]};
+  }
+};
+
+// Checks u [m, r], v [groups * r, n] and values [nnz] against each other and returns the number of input channels.
+int64_t check_weights(const Conv& conv, const Tensor& x, const Tensor& u, const Tensor& v, const Tensor& values) {
+  for (auto [name, t] : {std::pair{"u", &u}, {"v", &v}, {"values", &values}}) check_same_dtype(conv.op, name, *t, x);
+  check_dim(conv.op, "u", u, 2, "[m, r]");
+  check_dim(conv.op, "v", v, 2, "[groups * r, n]");
+  check_dim(conv.op, "values", values, 1, "[nnz]");
+  const int64_t m = u.size(0), r = u.size(1), n = v.size(1);
+  check(m % conv.groups == 0, conv.op, ": groups must divide m = u.size(0) = ", m, ", got ", conv.groups);
+  check(v.size(0) == conv.groups * r, conv.op, ": v must be [groups * r, n] with groups * r = ", conv.groups * r,
+        ", got ", sizes_of(v));
+  check(n % conv.taps() == 0, conv.op, ": v.size(1) must be a multiple of the kernel's ", conv.taps(), " taps, got ", n);
+  return n / conv.taps() * conv.groups;
+}
+
+// True where torch's own convolution would return channels_last.
+bool is_channels_last(const Tensor& x) {
+  if (x.numel() == 0 || x.is_contiguous()) return false;
+  const Sizes size = sizes_of(x);
+  int64_t expected = 1;
+  for (int dim : {1, 3, 2, 0}) {
+    if (size[dim] == 1) continue;
+    if (x.stride(dim) != expected) return false;
+    expected *= size[dim];
+  }
+  return true;
+}
+
+Tensor empty_image(const Tensor& like, const Sizes& size, bool channels_last) {
+  return torch::stable::empty(size, like.scalar_type(), std::nullopt, like.device(), std::nullopt,
+                              channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+}
+
+template <class T>
+cpu::Image<const T> image_of(const Tensor& t) {
+  return {t.const_data_ptr<T>(), t.size(1), t.size(2), t.size(3), t.stride(0), t.stride(1), t.stride(2), t.stride(3)};
+}
+template <class T>
+cpu::Image<T> output_of(Tensor& t) {
+  return {t.mutable_data_ptr<T>(), t.size(1), t.size(2), t.size(3), t.stride(0), t.stride(1), t.stride(2), t.stride(3)};
+}
+
+Tensor conv2d(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Sizes& stride,
+              const Sizes& padding, const Sizes& dilation, int64_t groups) {
+  return call("aten::conv2d", "", x, weight, bias, stride, padding, dilation, groups);
+}
+
+// v [groups * r, n] as a convolution weight.
+Tensor v_kernel(const Conv& conv, const Tensor& v) {
+  return torch::stable::reshape(v, {v.size(0), v.size(1) / conv.taps(), conv.kernel[0], conv.kernel[1]});
+}
+
+}  // namespace
+
+Tensor lrs_conv2d(const Tensor& x, const Tensor& u, const Tensor& v, const Tensor& values, const Tensor& row_ptr,
+                  const Tensor& col_idx, const Tensor& col_ptr, const Tensor& row_idx, const Tensor& perm,
+                  const std::optional<Tensor>& bias, Sizes kernel_size, Sizes stride, Sizes padding, Sizes dilation,
+                  int64_t groups) {
+  const Conv conv("lrs_conv2d", kernel_size, stride, padding, dilation, groups);
+  check_float(conv.op, "x", x);
+  check_dim(conv.op, "x", x, 4, "[batch, channels, height, width]");
+  const int64_t channels = check_weights(conv, x, u, v, values);
+  const int64_t batch = x.size(0), m = u.size(0), r = u.size(1);
+  check(x.size(1) == channels, conv.op, ": x must have v.size(1) / kernel taps * groups = ", channels, " channels, got ",
+        sizes_of(x));
+  if (bias) {
+    check_same_dtype(conv.op, "bias", *bias, x);
+    check_sizes(conv.op, "bias", *bias, {m}, "[m]");
+  }
+  const Sizes out = conv.output_size(x.size(2), x.size(3)), out_sizes{batch, m, out[0], out[1]};
+  const Pattern pattern(conv.op, "row_ptr", "col_idx", row_ptr, col_idx, m, v.size(1), values.numel());
+  const bool channels_last = is_channels_last(x);
+  if (batch == 0) return empty_image(x, out_sizes, false);
+
+  const ScalarType type = compute_type(x);
+  const Tensor input = as_type(x, type);
+  const std::optional<Tensor> wide_bias = bias ? std::optional(as_type(*bias, type)) : std::nullopt;
+  Tensor y;
+  if (r > 0) {
+    const Tensor z = conv2d(input, v_kernel(conv, as_type(v, type)), std::nullopt, stride, padding, dilation, groups);
+    y = conv2d(z, torch::stable::reshape(as_type(u, type), {m, r, 1, 1}), wide_bias, conv.one, conv.none, conv.one, groups);
+    y = torch::stable::contiguous(y, channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+  } else {
+    y = empty_image(input, out_sizes, channels_last);
+    bias ? torch::stable::copy_(y, torch::stable::reshape(*wide_bias, {m, 1, 1})) : torch::stable::zero_(y);
+  }
+  const Tensor dense_values = dense_as(values, type);
+  dispatch(type, [&](auto tag) {
+    using T = decltype(tag);
+    cpu::sparse_conv2d(image_of<T>(input), pattern.with<T>(dense_values), output_of<T>(y), conv.shape(batch), parallel_for);
+  });
+  return as_type(y, x.scalar_type());
+}
+
+Tensor lrs_conv2d_grad_input(const Tensor& grad, const Tensor& u, const Tensor& v, const Tensor& values,
+                             const Tensor& row_ptr, const Tensor& col_idx, const Tensor& col_ptr, const Tensor& row_idx,
+                             const Tensor& perm, Sizes input_size, Sizes kernel_size, Sizes stride, Sizes padding,
+                             Sizes dilation, int64_t groups) {
+  const Conv conv("_lrs_conv2d_grad_input", kernel_size, stride, padding, dilation, groups);
+  check_float(conv.op, "grad", grad);
+  check_dim(conv.op, "grad", grad, 4, "[batch, m, out_height, out_width]");
+  const int64_t channels = check_weights(conv, grad, u, v, values);
+  const int64_t batch = grad.size(0), m = u.size(0), r = u.size(1), nnz = values.numel();
+  check(input_size.size() == 2, conv.op, ": input_size must be two integers, got ", input_size);
+  const Sizes out = conv.output_size(input_size[0], input_size[1]);
+  check_sizes(conv.op, "grad", grad, {batch, m, out[0], out[1]}, "[batch, m, out_height, out_width]");
+  check_sizes(conv.op, "perm", perm, {nnz}, "[nnz]");
+  const Pattern transposed(conv.op, "col_ptr", "row_idx", col_ptr, row_idx, groups * v.size(1), m, nnz);
+  const bool channels_last = is_channels_last(grad);
+  const Sizes dx_sizes{batch, channels, input_size[0], input_size[1]};
+  if (batch == 0) return empty_image(grad, dx_sizes, false);
+
+  const ScalarType type = compute_type(grad);
+  const Tensor dy = as_type(grad, type);
+  Tensor dx;
+  if (r > 0) {
+    const Tensor u_groups = torch::stable::reshape(as_type(u, type), {groups, m / groups, r});
+    const Tensor u_kernel = torch::stable::reshape(torch::stable::transpose(u_groups, 1, 2), {groups * r, m / groups, 1, 1});
+    const Tensor dz = conv2d(dy, u_kernel, std::nullopt, conv.one, conv.none, conv.one, groups);
+    Sizes output_padding(2);
+    for (int i = 0; i < 2; ++i)
+      output_padding[i] = input_size[i] - ((out[i] - 1) * stride[i] - 2 * padding[i] + conv.span(i));
+    dx = call("aten::conv_transpose2d", "input", dz, v_kernel(conv, as_type(v, type)), std::optional<Tensor>(), stride,
+              padding, output_padding, groups, dilation);
+    dx = torch::stable::contiguous(dx, channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+  } else {
+    dx = empty_image(dy, dx_sizes, channels_last);
+    torch::stable::zero_(dx);
+  }
+  const Tensor values_t = call("aten::index_select", "", dense_as(values, type), int64_t(0), perm);
+  dispatch(type, [&](auto tag) {
+    using T = decltype(tag);
+    cpu::sparse_conv2d_grad_input(image_of<T>(dy), transposed.with<T>(values_t), output_of<T>(dx), conv.shape(batch),
+                             parallel_for);
+  });
+  return as_type(dx, grad.scalar_type());
+}
+
+Tensor lrs_conv2d_grad_values(const Tensor& grad, const Tensor& x, const Tensor& row_ptr, const Tensor& col_idx,
+                              Sizes kernel_size, Sizes stride, Sizes padding, Sizes dilation, int64_t groups) {
+  const Conv conv("_lrs_conv2d_grad_values", kernel_size, stride, padding, dilation, groups);
+  check_float(conv.op, "grad", grad);
+  check_same_dtype(conv.op, "x", x, grad);
+  check_dim(conv.op, "grad", grad, 4, "[batch, m, out_height, out_width]");
+  check_dim(conv.op, "x", x, 4, "[batch, channels, height, width]");
+  const int64_t batch = grad.size(0), m = grad.size(1), channels = x.size(1), nnz = col_idx.numel();
+  check(m % groups == 0 && channels % groups == 0, conv.op, ": groups must divide ", m, " and ", channels, ", got ", groups);
+  const Sizes out = conv.output_size(x.size(2), x.size(3));
+  check_sizes(conv.op, "grad", grad, {x.size(0), m, out[0], out[1]}, "[batch, m, out_height, out_width]");
+  const Pattern pattern(conv.op, "row_ptr", "col_idx", row_ptr, col_idx, m, channels / groups * conv.taps(), nnz);
+
+  const ScalarType type = compute_type(grad);
+  const Tensor dy = as_type(grad, type), input = as_type(x, type);
+  Tensor dvalues = torch::stable::new_empty(dy, {nnz});
+  dispatch(type, [&](auto tag) {
+    using T = decltype(tag);
+    cpu::sparse_conv2d_grad_values(image_of<T>(input), image_of<T>(dy), pattern.with<T>(dvalues),
+                              dvalues.mutable_data_ptr<T>(), conv.shape(batch), parallel_for);
+  });
+  return as_type(dvalues, grad.scalar_type());
+}
+
+}  // namespace cmd_ext

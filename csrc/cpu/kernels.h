@@ -1,0 +1,65 @@
+// The torch-free CPU kernels: raw pointers in, raw pointers out, no allocation of outputs, no checks (csrc/check.h has
+// done them). T is float or double; half types are widened by the entry points. All results are deterministic and do
+// not depend on the number of threads.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+
+namespace cmd_ext::cpu {
+
+// Runs body(begin, end) over [0, count) on the caller's thread pool, in pieces of at least `grain`.
+using ParallelFor = std::function<void(int64_t count, int64_t grain, const std::function<void(int64_t, int64_t)>& body)>;
+
+// Compressed sparse rows. Columns ascend within a row.
+template <class T>
+struct Csr {
+  int64_t rows, cols;
+  const T* values;
+  const int32_t *row_ptr, *col_idx;
+  int64_t nnz() const { return row_ptr[rows]; }
+};
+
+// An [batch, channels, height, width] tensor with any strides (in elements).
+template <class T>
+struct Image {
+  T* data;
+  int64_t channels, height, width;
+  int64_t stride_n, stride_c, stride_h, stride_w;
+};
+
+struct ConvShape {
+  int64_t batch, groups;
+  int64_t kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
+};
+
+// values/row_ptr/col_idx <- the exactly `nnz` largest |a| of a [m, n]; ties to the lower linear index; NaN counts as
+// larger than infinity.
+template <class T>
+void topk_csr(const T* a, int64_t m, int64_t n, int64_t nnz, T* values, int32_t* row_ptr, int32_t* col_idx,
+              const ParallelFor& parallel_for);
+
+// y [batch, rows] += bias + x [batch, cols] S^T. bias may be null.
+template <class T>
+void sparse_linear(const T* x, int64_t batch, const Csr<T>& s, const T* bias, T* y, const ParallelFor& parallel_for);
+
+// out [nnz] = sum_k a[row, k] b[col, k] at the positions of the pattern; a [m, k], b [n, k].
+template <class T>
+void sddmm(const T* a, const T* b, int64_t k, const Csr<T>& pattern, T* out, const ParallelFor& parallel_for);
+
+// y += S * x: convolution with the sparse kernel S [out_channels, in_channels/groups * kernel_h * kernel_w].
+template <class T>
+void sparse_conv2d(const Image<const T>& x, const Csr<T>& s, const Image<T>& y, const ConvShape& shape,
+                   const ParallelFor& parallel_for);
+
+// dx += gradient of sparse_conv2d. `st` is S^T over [groups * n] rows (row g*n + c: column c of group g).
+template <class T>
+void sparse_conv2d_grad_input(const Image<const T>& dy, const Csr<T>& st, const Image<T>& dx, const ConvShape& shape,
+                              const ParallelFor& parallel_for);
+
+// dvalues [nnz] = gradient of sparse_conv2d for the values of S (overwritten).
+template <class T>
+void sparse_conv2d_grad_values(const Image<const T>& x, const Image<const T>& dy, const Csr<T>& pattern, T* dvalues,
+                               const ConvShape& shape, const ParallelFor& parallel_for);
+
+}  // namespace cmd_ext::cpu

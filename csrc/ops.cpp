@@ -1,0 +1,31 @@
+// Every op of cmd_ext: its schema and its CPU kernel. Fake kernels and autograd formulas are in cmd_ext/ops.py.
+//
+// The support of S comes in both orientations, so that gradients gather instead of scatter and need no atomics:
+//   row_ptr [m + 1], col_idx [nnz]                 CSR of S [m, n]
+//   col_ptr [groups * n + 1], row_idx [nnz]        CSR of S^T, column c of group g at row g * n + c
+//   perm [nnz]                                     values of S^T = values[perm]
+#include "ops.h"
+
+#define PATTERN "Tensor row_ptr, Tensor col_idx, Tensor col_ptr, Tensor row_idx, Tensor perm"
+#define CONV "int[2] kernel_size, int[2] stride, int[2] padding, int[2] dilation, int groups"
+
+STABLE_TORCH_LIBRARY(cmd_ext, m) {
+  m.def("truncated_svd(Tensor a, Tensor basis, int rank, int n_iter) -> (Tensor u, Tensor s, Tensor vh)");
+  m.def("topk_csr(Tensor a, int nnz) -> (Tensor values, Tensor row_ptr, Tensor col_idx)");
+  m.def("lrs_linear(Tensor x, Tensor u, Tensor v, Tensor values, " PATTERN ", Tensor? bias) -> Tensor");
+  m.def("sddmm(Tensor a, Tensor b, Tensor row_ptr, Tensor col_idx) -> Tensor");
+  m.def("lrs_conv2d(Tensor x, Tensor u, Tensor v, Tensor values, " PATTERN ", Tensor? bias, " CONV ") -> Tensor");
+  m.def("_lrs_conv2d_grad_input(Tensor grad, Tensor u, Tensor v, Tensor values, " PATTERN
+        ", int[2] input_size, " CONV ") -> Tensor");
+  m.def("_lrs_conv2d_grad_values(Tensor grad, Tensor x, Tensor row_ptr, Tensor col_idx, " CONV ") -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(cmd_ext, CPU, m) {
+  m.impl("truncated_svd", TORCH_BOX(&cmd_ext::truncated_svd));
+  m.impl("topk_csr", TORCH_BOX(&cmd_ext::topk_csr));
+  m.impl("lrs_linear", TORCH_BOX(&cmd_ext::lrs_linear));
+  m.impl("sddmm", TORCH_BOX(&cmd_ext::sddmm));
+  m.impl("lrs_conv2d", TORCH_BOX(&cmd_ext::lrs_conv2d));
+  m.impl("_lrs_conv2d_grad_input", TORCH_BOX(&cmd_ext::lrs_conv2d_grad_input));
+  m.impl("_lrs_conv2d_grad_values", TORCH_BOX(&cmd_ext::lrs_conv2d_grad_values));
+}

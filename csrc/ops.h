@@ -1,0 +1,32 @@
+// The entry points behind the schemas of ops.cpp: checks, dtype switch, allocation, launch. One .cpp per op family.
+#pragma once
+
+#include "check.h"
+
+namespace cmd_ext {
+
+// svd.cpp
+std::tuple<Tensor, Tensor, Tensor> truncated_svd(const Tensor& a, const Tensor& basis, int64_t rank, int64_t n_iter);
+
+// threshold.cpp
+std::tuple<Tensor, Tensor, Tensor> topk_csr(const Tensor& a, int64_t nnz);
+
+// linear.cpp
+Tensor lrs_linear(const Tensor& x, const Tensor& u, const Tensor& v, const Tensor& values, const Tensor& row_ptr,
+                  const Tensor& col_idx, const Tensor& col_ptr, const Tensor& row_idx, const Tensor& perm,
+                  const std::optional<Tensor>& bias);
+Tensor sddmm(const Tensor& a, const Tensor& b, const Tensor& row_ptr, const Tensor& col_idx);
+
+// conv2d.cpp
+Tensor lrs_conv2d(const Tensor& x, const Tensor& u, const Tensor& v, const Tensor& values, const Tensor& row_ptr,
+                  const Tensor& col_idx, const Tensor& col_ptr, const Tensor& row_idx, const Tensor& perm,
+                  const std::optional<Tensor>& bias, Sizes kernel_size, Sizes stride, Sizes padding, Sizes dilation,
+                  int64_t groups);
+Tensor lrs_conv2d_grad_input(const Tensor& grad, const Tensor& u, const Tensor& v, const Tensor& values,
+                             const Tensor& row_ptr, const Tensor& col_idx, const Tensor& col_ptr, const Tensor& row_idx,
+                             const Tensor& perm, Sizes input_size, Sizes kernel_size, Sizes stride, Sizes padding,
+                             Sizes dilation, int64_t groups);
+Tensor lrs_conv2d_grad_values(const Tensor& grad, const Tensor& x, const Tensor& row_ptr, const Tensor& col_idx,
+                              Sizes kernel_size, Sizes stride, Sizes padding, Sizes dilation, int64_t groups);
+
+}  // namespace cmd_ext
