@@ -23,3 +23,6 @@ def _load_ops() -> None:
 
 
 _load_ops()
+
+from .decompose import Decomposition, decompose, decompose_batch  # noqa: E402
+from .modules import CMDConv2d, CMDLinear  # noqa: E402

@@ -1,0 +1,356 @@
+"""CMDLinear and CMDConv2d: drop-in layers whose weight is U V + S."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.utils import _pair
+
+from . import ops
+from .decompose import Decomposition, decompose
+
+BACKENDS = ("auto", "fused", "lowrank", "dense")
+
+
+class _LowRankSparse(nn.Module):
+    """Parameters and bookkeeping of a weight matrix [m, n] held as U V + S, in `groups` row groups.
+
+    Parameters u [m, r], v [groups * r, n], values [nnz] and bias [m]; buffers row_ptr, col_idx (saved) and the
+    transposed support (rebuilt). The support is fixed while training; loading a state_dict may change it.
+    """
+
+    def __init__(self, m: int, n: int, groups: int, rank: int, density: float, bias: bool, device, dtype) -> None:
+        super().__init__()
+        name, full = type(self).__name__, min(m // groups, n)
+        if not 0 <= rank <= full:
+            raise ValueError(f"{name}: rank must lie in [0, min(m, n)] = [0, {full}], got {rank}")
+        if not 0 <= density <= 1:
+            raise ValueError(f"{name}: density must lie in [0, 1], got {density}")
+        self.groups, self._backend = groups, "auto"
+        factory = {"device": device, "dtype": dtype}
+        nnz = round(density * m * n)
+        self.u = nn.Parameter(torch.empty(m, rank, **factory))
+        self.v = nn.Parameter(torch.empty(groups * rank, n, **factory))
+        self.values = nn.Parameter(torch.empty(nnz, **factory))
+        self.bias = nn.Parameter(torch.empty(m, **factory)) if bias else None
+        self._set_pattern(_random_pattern(m, n, nnz, groups, self.u.device))
+        self.reset_parameters()
+
+    def _set_pattern(self, pattern: ops.Pattern) -> None:
+        for name, tensor in pattern._asdict().items():
+            self.register_buffer(name, tensor, persistent=name in ("row_ptr", "col_idx"))
+
+    def reset_parameters(self) -> None:
+        """The variance of nn.Linear's and nn.Conv2d's own initialisation, shared between the branches by parameters."""
+        m, n, r, nnz = *self.matrix_shape, self.rank, self.nnz
+        bound, share = 1 / math.sqrt(n), r * (m + self.groups * n) / max(1, r * (m + self.groups * n) + nnz)
+        with torch.no_grad():
+            if r > 0:  # var(U V) = r var(u) var(v)
+                factor = math.sqrt(3) * (share * bound**2 / 3 / r) ** 0.25
+                self.u.uniform_(-factor, factor)
+                self.v.uniform_(-factor, factor)
+            if nnz > 0:
+                limit = bound * math.sqrt((1 - share) / self.density)
+                self.values.uniform_(-limit, limit)
+            if self.bias is not None:
+                self.bias.uniform_(-bound, bound)
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """(m, n) of the weight matrix."""
+        return self.u.shape[0], self.v.shape[1]
+
+    @property
+    def rank(self) -> int:
+        """Columns of U (per group)."""
+        return self.u.shape[1]
+
+    @property
+    def nnz(self) -> int:
+        """Stored entries of S."""
+        return self.values.shape[0]
+
+    @property
+    def density(self) -> float:
+        """nnz / (m * n)."""
+        m, n = self.matrix_shape
+        return self.nnz / (m * n)
+
+    @property
+    def pattern(self) -> ops.Pattern:
+        """Support of S in both orientations."""
+        return ops.Pattern(self.row_ptr, self.col_idx, self.col_ptr, self.row_idx, self.perm)
+
+    @property
+    def backend(self) -> str:
+        """What computes this layer: "fused" (the sparse kernels), "lowrank" (S is empty) or "dense" (W rebuilt).
+
+        Assign one of these to override the choice, "auto" to return to it. The kernels run on the CPU; on another
+        device the automatic choice is "dense".
+        """
+        if self._backend != "auto":
+            return self._backend
+        if self.nnz == 0:
+            return "lowrank"
+        return "fused" if self.u.device.type == "cpu" else "dense"
+
+    @backend.setter
+    def backend(self, choice: str) -> None:
+        if choice not in BACKENDS:
+            raise ValueError(f"{type(self).__name__}: backend must be one of {', '.join(BACKENDS)}, got {choice!r}")
+        if choice == "lowrank" and self.nnz > 0:
+            raise ValueError(f"{type(self).__name__}: backend 'lowrank' needs an empty S, got nnz = {self.nnz}")
+        self._backend = choice
+
+    def _matrix(self) -> Tensor:
+        """U V + S as [m, n], differentiable."""
+        m, n = self.matrix_shape
+        low_rank = torch.bmm(self.u.view(self.groups, m // self.groups, self.rank), self.v.view(self.groups, self.rank, n)).view(m, n)
+        counts = self.row_ptr.diff().long()
+        rows = torch.repeat_interleave(torch.arange(m, device=counts.device), counts, output_size=self.nnz)
+        return low_rank.flatten().index_add(0, rows * n + self.col_idx, self.values).view(m, n)
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight, rebuilt; for code that reads `.weight` of a layer."""
+        return self.dense_weight()
+
+    def _assign(self, fit: Decomposition, like: nn.Module) -> None:
+        """Takes over a decomposition and the rest (bias, dtype, mode, requires_grad) of the dense layer `like`."""
+        weight = like.weight
+        for name in ("u", "v", "values"):
+            setattr(self, name, nn.Parameter(getattr(fit, name).to(weight), requires_grad=weight.requires_grad))
+        pattern = ops.Pattern.from_csr(fit.row_ptr, fit.col_idx, self.v.shape[1], self.groups)
+        self._set_pattern(ops.Pattern(*(t.to(weight.device) for t in pattern)))
+        if like.bias is not None:
+            self.bias = nn.Parameter(like.bias.detach().clone(), requires_grad=like.bias.requires_grad)
+        self.train(like.training)
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors) -> None:
+        """Adopts the rank and the support of the checkpoint, then loads as usual."""
+        names = ("u", "v", "values", "row_ptr", "col_idx")
+        saved = {name: state_dict[prefix + name] for name in names if prefix + name in state_dict}
+        if len(saved) == len(names):
+            try:
+                pattern = self._pattern_of(saved)
+            except ValueError as error:
+                errors.append(f"{prefix[:-1] or type(self).__name__}: {error}")
+                return
+            for name in ("u", "v", "values"):
+                parameter = getattr(self, name)
+                if parameter.shape != saved[name].shape:
+                    parameter.data = parameter.new_empty(saved[name].shape)
+                    parameter.grad = None
+            self._set_pattern(ops.Pattern(*(t.to(self.u.device) for t in pattern)))
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
+
+    def _pattern_of(self, saved: dict[str, Tensor]) -> ops.Pattern:
+        """The support in a checkpoint, checked against this layer's m and n."""
+        (m, n), g = self.matrix_shape, self.groups
+        u, v, values, row_ptr, col_idx = saved.values()
+        r = u.shape[1] if u.dim() == 2 else -1
+        if u.shape != (m, r) or v.shape != (g * r, n):
+            raise ValueError(f"u and v must be [{m}, r] and [{g} * r, {n}], got {[*u.shape]} and {[*v.shape]}")
+        if row_ptr.shape != (m + 1,) or values.shape != col_idx.shape:
+            got = f"{[*row_ptr.shape]}, {[*values.shape]} and {[*col_idx.shape]}"
+            raise ValueError(f"row_ptr, values and col_idx must be [{m + 1}], [nnz] and [nnz], got {got}")
+        return ops.Pattern.from_csr(row_ptr, col_idx, n, g)
+
+    def _extra(self) -> str:
+        bias = "" if self.bias is not None else ", bias=False"
+        return f"{bias}, rank={self.rank}, nnz={self.nnz}, density={self.density:.4g}"
+
+
+def _random_pattern(m: int, n: int, nnz: int, groups: int, device: torch.device) -> ops.Pattern:
+    """One random position in each of nnz equal strata of [m, n]: uniform density, sorted, in O(nnz)."""
+    if device.type == "meta":
+        sizes = (m + 1, nnz, groups * n + 1, nnz, nnz)
+        return ops.Pattern(*(torch.empty(size, dtype=torch.int32, device=device) for size in sizes))
+    start = torch.arange(nnz + 1, device=device) * (m * n) // max(nnz, 1)
+    linear = start[:-1] + (torch.rand(nnz, device=device, dtype=torch.float64) * start.diff()).long()
+    row_ptr = torch.searchsorted(linear, torch.arange(m + 1, device=device) * n)
+    return ops.Pattern.from_csr(row_ptr, linear % n, n, groups)
+
+
+class CMDLinear(_LowRankSparse):
+    """nn.Linear with the weight U V + S.
+
+    Args:
+        in_features, out_features, bias, device, dtype: as in nn.Linear.
+        rank: columns of U, 0 to min(out_features, in_features).
+        density: nnz of S / (out_features * in_features), 0 to 1; the support is drawn at random.
+
+    Shape: [..., in_features] -> [..., out_features].
+
+    Raises:
+        ValueError: rank or density out of range.
+    """
+
+    def __init__(self, in_features, out_features, bias=True, device=None, dtype=None, *, rank, density) -> None:
+        self.in_features, self.out_features = in_features, out_features
+        super().__init__(out_features, in_features, 1, rank, density, bias, device, dtype)
+
+    @classmethod
+    def from_dense(
+        cls, linear: nn.Linear, *, rank=None, density=None, budget=None, sparse_coefficient=None, **fit
+    ) -> CMDLinear:
+        """Decomposes a trained layer, by (rank, density) or by (budget, sparse_coefficient).
+
+        Further arguments go to `decompose`, whose errors it raises.
+        """
+        return cls._from_fit(linear, _fit(linear, rank, density, budget, sparse_coefficient, **fit))
+
+    @classmethod
+    def _from_fit(cls, linear: nn.Linear, fit: Decomposition) -> CMDLinear:
+        layer = cls(linear.in_features, linear.out_features, linear.bias is not None, "meta", rank=0, density=0)
+        layer._assign(fit, linear)
+        return layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        backend = self.backend
+        if backend == "fused":
+            return ops.lrs_linear(x, self.u, self.v, self.values, self.pattern, self.bias)
+        if backend == "lowrank":
+            return F.linear(F.linear(x, self.v), self.u, self.bias)
+        return F.linear(x, self.dense_weight(), self.bias)
+
+    def dense_weight(self) -> Tensor:
+        """U V + S as [out_features, in_features], differentiable."""
+        return self._matrix()
+
+    def to_dense(self) -> nn.Linear:
+        """An nn.Linear with the same outputs (to rounding)."""
+        options = {"device": self.u.device, "dtype": self.u.dtype}
+        return _densify(self, nn.Linear(self.in_features, self.out_features, self.bias is not None, **options))
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}{self._extra()}"
+
+
+class CMDConv2d(_LowRankSparse):
+    """nn.Conv2d with the kernel U V + S, as a matrix [out_channels, in_channels / groups * kernel_h * kernel_w].
+
+    Args:
+        in_channels .. dtype: as in nn.Conv2d (every padding, padding_mode, dilation and groups).
+        rank: columns of U, 0 to min(out_channels / groups, in_channels / groups * kernel_h * kernel_w), per group.
+        density: nnz of S / entries of the kernel, 0 to 1; the support is drawn at random.
+
+    Shape: [batch, in_channels, height, width] or [in_channels, height, width], as nn.Conv2d.
+
+    Raises:
+        ValueError: an argument out of range.
+    """
+
+    def __init__(
+        self,
+        in_channels,
+        out_channels,
+        kernel_size,
+        stride=1,
+        padding=0,
+        dilation=1,
+        groups=1,
+        bias=True,
+        padding_mode="zeros",
+        device=None,
+        dtype=None,
+        *,
+        rank,
+        density,
+    ) -> None:
+        # nn.Conv2d checks these arguments and settles `padding`; on the meta device it costs nothing.
+        conv = nn.Conv2d(
+            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, False, padding_mode, "meta"
+        )
+        m, n = out_channels, conv.weight[0].numel()
+        super().__init__(m, n, groups, rank, density, bias, device, dtype)
+        self.in_channels, self.out_channels = in_channels, out_channels
+        self.kernel_size, self.stride, self.dilation = conv.kernel_size, conv.stride, conv.dilation
+        self.padding, self.padding_mode = conv.padding, padding_mode
+        left_right_top_bottom = conv._reversed_padding_repeated_twice
+        symmetric = left_right_top_bottom[::2] == left_right_top_bottom[1::2]
+        if padding_mode == "zeros" and symmetric:
+            self._pad, self._inner_padding = None, tuple(left_right_top_bottom[::-2])
+        else:  # pad first, then convolve without padding
+            self._pad, self._inner_padding = left_right_top_bottom, (0, 0)
+
+    @classmethod
+    def from_dense(
+        cls, conv: nn.Conv2d, *, rank=None, density=None, budget=None, sparse_coefficient=None, **fit
+    ) -> CMDConv2d:
+        """Decomposes a trained layer, by (rank, density) or by (budget, sparse_coefficient).
+
+        Further arguments go to `decompose`, whose errors it raises.
+        """
+        return cls._from_fit(conv, _fit(conv, rank, density, budget, sparse_coefficient, groups=conv.groups, **fit))
+
+    @classmethod
+    def _from_fit(cls, conv: nn.Conv2d, fit: Decomposition) -> CMDConv2d:
+        geometry = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups)
+        has_bias = conv.bias is not None
+        layer = cls(
+            conv.in_channels, conv.out_channels, *geometry, has_bias, conv.padding_mode, "meta", rank=0, density=0
+        )
+        layer._assign(fit, conv)
+        return layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dim() == 3:
+            return self.forward(x[None])[0]
+        if self._pad is not None:
+            mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
+            x = F.pad(x, self._pad, mode=mode)
+        geometry = (self.stride, self._inner_padding, self.dilation, self.groups)
+        backend = self.backend
+        if backend == "fused":
+            return ops.lrs_conv2d(
+                x, self.u, self.v, self.values, self.pattern, self.bias, self.kernel_size, *geometry
+            )
+        if backend == "lowrank" and self.rank > 0:
+            z = F.conv2d(x, self.v.view(-1, self.in_channels // self.groups, *self.kernel_size), None, *geometry)
+            return F.conv2d(z, self.u.view(*self.u.shape, 1, 1), self.bias, groups=self.groups)
+        return F.conv2d(x, self.dense_weight(), self.bias, *geometry)
+
+    def dense_weight(self) -> Tensor:
+        """U V + S as [out_channels, in_channels / groups, kernel_h, kernel_w], differentiable."""
+        return self._matrix().view(self.out_channels, -1, *self.kernel_size)
+
+    def to_dense(self) -> nn.Conv2d:
+        """An nn.Conv2d with the same outputs (to rounding)."""
+        geometry = (self.kernel_size, self.stride, self.padding, self.dilation, self.groups)
+        options = {"device": self.u.device, "dtype": self.u.dtype}
+        has_bias = self.bias is not None
+        conv = nn.Conv2d(self.in_channels, self.out_channels, *geometry, has_bias, self.padding_mode, **options)
+        return _densify(self, conv)
+
+    def extra_repr(self) -> str:
+        parts = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"
+        defaults = {"padding": (0, 0), "dilation": (1, 1), "groups": 1, "padding_mode": "zeros"}
+        for name, default in defaults.items():
+            if getattr(self, name) != default:
+                parts += f", {name}={getattr(self, name)!r}"
+        return parts + self._extra()
+
+
+def _fit(layer: nn.Module, rank, density, budget, sparse_coefficient, **options) -> Decomposition:
+    """Decomposes a layer's weight; a density becomes nnz."""
+    nnz = None
+    if density is not None:
+        if not 0 <= density <= 1:
+            raise ValueError(f"from_dense: density must lie in [0, 1], got {density}")
+        nnz = round(density * layer.weight.numel())
+    return decompose(
+        layer.weight, rank=rank, nnz=nnz, budget=budget, sparse_coefficient=sparse_coefficient, **options
+    )
+
+
+def _densify(layer: _LowRankSparse, dense: nn.Module) -> nn.Module:
+    with torch.no_grad():
+        dense.weight.copy_(layer.dense_weight())
+        if layer.bias is not None:
+            dense.bias.copy_(layer.bias)
+    dense.weight.requires_grad_(layer.values.requires_grad)
+    return dense.train(layer.training)
