@@ -24,5 +24,29 @@ def _load_ops() -> None:
 
 _load_ops()
 
+from .calibrate import recalibrate_batchnorm  # noqa: E402
+from .compress import Plan, apply_plan, compress, to_dense  # noqa: E402
+from .cost import profile  # noqa: E402
 from .decompose import Decomposition, decompose, decompose_batch  # noqa: E402
+from .finetune import finetune  # noqa: E402
+from .io import load, save  # noqa: E402
 from .modules import CMDConv2d, CMDLinear  # noqa: E402
+from .search import UnsatisfiableError  # noqa: E402
+
+__all__ = [
+    "CMDConv2d",
+    "CMDLinear",
+    "Decomposition",
+    "Plan",
+    "UnsatisfiableError",
+    "apply_plan",
+    "compress",
+    "decompose",
+    "decompose_batch",
+    "finetune",
+    "load",
+    "profile",
+    "recalibrate_batchnorm",
+    "save",
+    "to_dense",
+]

@@ -338,21 +338,22 @@ class _PickledType:
         pass
 
 
+_PICKLED = {
+    ("numpy.core.multiarray", "_reconstruct"): _PickledArray,
+    ("numpy._core.multiarray", "_reconstruct"): _PickledArray,
+    ("numpy", "ndarray"): _PickledArray,
+    ("numpy", "dtype"): _PickledType,
+    ("_codecs", "encode"): _codecs.encode,
+}
+
+
 class _ArrayUnpickler(pickle.Unpickler):
     """Builds dicts, lists, bytes and stand-ins for arrays; refuses every other name, so no file can run code."""
 
-    _allowed = {
-        ("numpy.core.multiarray", "_reconstruct"): _PickledArray,
-        ("numpy._core.multiarray", "_reconstruct"): _PickledArray,
-        ("numpy", "ndarray"): _PickledArray,
-        ("numpy", "dtype"): _PickledType,
-        ("_codecs", "encode"): _codecs.encode,
-    }
-
     def find_class(self, module: str, name: str) -> object:
-        if (module, name) not in self._allowed:
+        if (module, name) not in _PICKLED:
             raise pickle.UnpicklingError(f"it asks for {module}.{name}")
-        return self._allowed[module, name]
+        return _PICKLED[module, name]
 
 
 def _read_pickle(path: Path, *keys: bytes) -> list:

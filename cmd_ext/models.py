@@ -9,6 +9,8 @@ from types import ModuleType
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 NORMALIZATION: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
@@ -46,13 +48,11 @@ class BasicBlock(nn.Module):
         self.bn2 = nn.BatchNorm2d(out_channels)
         self.shortcut: nn.Module = nn.Identity()
         if stride != 1 or in_channels != out_channels:
-            self.shortcut = (
-                nn.Sequential(
-                    nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), nn.BatchNorm2d(out_channels)
-                )
-                if projection
-                else PadShortcut(in_channels, out_channels, stride)
-            )
+            if projection:
+                conv = nn.Conv2d(in_channels, out_channels, 1, stride, bias=False)
+                self.shortcut = nn.Sequential(conv, nn.BatchNorm2d(out_channels))
+            else:
+                self.shortcut = PadShortcut(in_channels, out_channels, stride)
 
     def forward(self, x: Tensor) -> Tensor:
         """[b, in_channels, h, w] -> [b, out_channels, h / stride, w / stride]."""
@@ -195,9 +195,6 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     Raises:
         ValueError: the file is not safetensors, or its keys or shapes are not the model's.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     try:
         loaded = load_file(path)
     except SafetensorError as error:

@@ -335,6 +335,18 @@ class CMDConv2d(_LowRankSparse):
         return parts + self._extra()
 
 
+def replace(model: nn.Module, name: str, layer: nn.Module) -> nn.Module:
+    """Puts `layer` in the place `name` of the model, in place; returns the model (or the layer, for the name "")."""
+    if not name:
+        return layer
+    parent = model.get_submodule(name.rpartition(".")[0])
+    setattr(parent, name.rpartition(".")[2], layer)
+    if isinstance(parent, nn.TransformerEncoderLayer):
+        # Its inference fast path reads the weights and never calls the layers; this flag is what switches it off.
+        parent.activation_relu_or_gelu = 0
+    return model
+
+
 def _fit(layer: nn.Module, rank, density, budget, sparse_coefficient, **options) -> Decomposition:
     """Decomposes a layer's weight; a density becomes nnz."""
     nnz = None

@@ -2,7 +2,8 @@
 
 Schemas are in csrc/ops.cpp, the same functions in plain PyTorch in ref.py. S is stored as `values` and a `Pattern`,
 its support in both orientations, so that every gradient is a gather. Outputs are contiguous (channels_last where the
-input image is), results do not depend on the number of threads.
+input image is). The kernels give the same bits with any number of threads; torch's GEMM, QR and convolution gradients
+around them may not.
 """
 
 from __future__ import annotations
@@ -46,13 +47,9 @@ class Pattern(NamedTuple):
         row_ptr, col_idx = row_ptr.to(torch.int32), col_idx.to(torch.int32)
         rows = csr_rows(row_ptr, col_idx, n)
         m = row_ptr.numel() - 1
-        if m % groups:
+        if groups < 1 or m % groups:
             raise ValueError(f"Pattern: groups must divide the {m} rows, got {groups}")
-        columns = col_idx.long() + (rows * groups // max(m, 1)) * n
-        perm = torch.argsort(columns, stable=True)
-        counts = torch.bincount(columns, minlength=groups * n)
-        col_ptr = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-        return cls(row_ptr, col_idx, col_ptr.int(), rows[perm].int(), perm.int())
+        return _with_transpose(row_ptr, col_idx, rows, n, groups)
 
     def transpose(self) -> Pattern:
         """The pattern of S^T (groups = 1); its values are `values[perm]`."""
@@ -64,17 +61,37 @@ class Pattern(NamedTuple):
 def csr_rows(row_ptr: Tensor, col_idx: Tensor, n: int) -> Tensor:
     """The row of every nonzero [nnz], int64, after checking that the arrays are a CSR support of n columns."""
     if row_ptr.dim() != 1 or col_idx.dim() != 1 or row_ptr.numel() < 1:
-        raise ValueError(f"CSR: row_ptr must be [m + 1] and col_idx [nnz], got {[*row_ptr.shape]} and {[*col_idx.shape]}")
+        raise ValueError(
+            f"CSR: row_ptr must be [m + 1] and col_idx [nnz], got {[*row_ptr.shape]} and {[*col_idx.shape]}"
+        )
     counts = row_ptr.diff()
     nnz = col_idx.numel()
     if row_ptr[0] != 0 or row_ptr[-1] != nnz or (counts < 0).any():
-        raise ValueError(f"CSR: row_ptr must rise from 0 to nnz = {nnz}, got {row_ptr[0].item()} to {row_ptr[-1].item()}")
+        raise ValueError(
+            f"CSR: row_ptr must rise from 0 to nnz = {nnz}, got {row_ptr[0].item()} to {row_ptr[-1].item()}"
+        )
     if nnz and not 0 <= col_idx.min() <= col_idx.max() < n:
         raise ValueError(f"CSR: col_idx must lie in [0, {n}), got {col_idx.min().item()} to {col_idx.max().item()}")
-    rows = torch.repeat_interleave(torch.arange(len(counts), device=row_ptr.device), counts.long())
+    rows = _rows_of(row_ptr, nnz)
     if ((col_idx.diff() <= 0) & (rows.diff() == 0)).any():
         raise ValueError("CSR: col_idx must ascend strictly within each row, got repeated or unsorted columns")
     return rows
+
+
+def _with_transpose(row_ptr: Tensor, col_idx: Tensor, rows: Tensor, n: int, groups: int = 1) -> Pattern:
+    """The pattern of a valid CSR support, given the row of every nonzero [nnz]."""
+    columns = col_idx.long() + (rows * groups // max(row_ptr.shape[0] - 1, 1)) * n
+    perm = torch.argsort(columns, stable=True)
+    counts = torch.zeros(groups * n, dtype=torch.int32, device=columns.device)
+    counts = counts.index_add(0, columns, torch.ones_like(col_idx))
+    col_ptr = torch.cat([counts.new_zeros(1), counts.cumsum(0, dtype=torch.int32)])
+    return Pattern(row_ptr, col_idx, col_ptr, rows[perm].int(), perm.int())
+
+
+def _rows_of(row_ptr: Tensor, nnz: int) -> Tensor:
+    """The row of every nonzero [nnz] of a valid CSR support; reads no data, so that fake tensors pass."""
+    rows = torch.arange(row_ptr.shape[0] - 1, device=row_ptr.device)
+    return torch.repeat_interleave(rows, row_ptr.diff().long(), output_size=nnz)
 
 
 def _check_dtypes(op: str, first: str, like: Tensor, **others: Tensor | None) -> None:
@@ -90,6 +107,23 @@ def _autocast(x: Tensor, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
         return (x, *tensors)
     dtype = torch.get_autocast_dtype(device)
     return tuple(t if t is None else t.to(dtype) for t in (x, *tensors))
+
+
+def _without_autocast(name: str, device: str) -> None:
+    """Makes autocast leave an op's inside alone: its GEMMs and convolutions run in the dtype that the kernel chose."""
+    op = getattr(_ops, name).default
+
+    def kernel(*args):
+        with torch.autocast(device, enabled=False):
+            return op(*args)
+
+    _autocast_kernels.impl(name, kernel, f"Autocast{device.upper()}")
+
+
+_autocast_kernels = torch.library.Library("cmd_ext", "IMPL")
+for _name in ("truncated_svd", "lrs_linear", "lrs_conv2d", "_lrs_conv2d_grad_input"):
+    for _device in ("cpu", "cuda"):
+        _without_autocast(_name, _device)
 
 
 # truncated_svd ------------------------------------------------------------------------------------------------------
@@ -153,36 +187,30 @@ def _svd_setup(ctx, inputs, output):
 def _svd_backward(ctx, gu, gs, gvh):
     """Adjoint of the leading triplets, exact at convergence (the basis then has no influence).
 
-    With t = (u_j, v_j) of A, a perturbation moves u_j and v_j within all other singular directions; the adjoint solves
-    that linear system through a full SVD: for i != j, with F_ij = 1 / (s_j^2 - s_i^2),
-    dA = U (diag(gs) + (F*(U^T gU)) S_r + S (F*(V^T gV))) V^T summed over retained j, i over all directions.
+    A perturbation moves u_j and v_j within all other singular directions of A. With A = U S V^T in full,
+    F_ij = 1 / (s_j^2 - s_i^2) for i != j, p = F * (U^T gu) and q = F * (V^T gv), summed over retained j and all i:
+    dA = sum_j gs_j u_j v_j^T + sum_ij (p_ij s_j + q_ij s_i) u_i v_j^T + (p_ij s_i + q_ij s_j) u_j v_i^T,
+    and what gu and gv have outside of U and V moves with 1 / s_j.
     """
     a, u, s, vh = ctx.saved_tensors
-    full_u, full_s, full_vh = torch.linalg.svd(a, full_matrices=True)
+    full_u, full_s, full_vh = torch.linalg.svd(a, full_matrices=False)
     k, r = full_s.shape[-1], s.shape[-1]
-    m, n = a.shape[-2:]
-    # Same signs as the retained triplets; directions beyond k have singular value 0.
-    signs = (full_u[..., :r] * u).sum(-2, keepdim=True).sign()
-    full_u = torch.cat([full_u[..., :r] * signs, full_u[..., r:]], -1)
-    full_vh = torch.cat([full_vh[..., :r, :] * signs.mT, full_vh[..., r:, :]], -2)
-    zeros = full_s.new_zeros(*full_s.shape[:-1], max(m, n) - k)
-    left = torch.cat([full_s, zeros[..., : m - k]], -1)
-    right = torch.cat([full_s, zeros[..., : n - k]], -1)
+    # Same signs as the retained triplets.
+    signs = torch.nn.functional.pad((full_u[..., :r] * u).sum(-2).sign(), (0, k - r), value=1.0)
+    full_u, full_vh = full_u * signs[..., None, :], full_vh * signs[..., :, None]
 
-    def coefficients(values):  # F [.., i, j] with zeros on the diagonal
-        gap = s.square()[..., None, :] - values.square()[..., :, None]
-        f = torch.where(gap == 0, torch.zeros_like(gap), 1 / gap)
-        f.diagonal(dim1=-2, dim2=-1).zero_()
-        return f
+    def inverse(t, zero):  # 0 where a triplet would move within itself or among equals, whose basis is arbitrary
+        return t.masked_fill(zero | (t == 0), torch.inf).reciprocal()
 
-    p = coefficients(left) * (full_u.mT @ gu)  # [m, r]
-    q = coefficients(right) * (full_vh @ gvh.mT)  # [n, r]
-    # dA = sum_j sum_i p_ij (s_j u_i v_j^T + s_i u_j v_i^T) + q_ij (s_j u_j v_i^T + s_i u_i v_j^T)
+    gap = s.square()[..., None, :] - full_s.square()[..., :, None]  # [k, r]
+    f = inverse(gap, torch.eye(k, r, dtype=torch.bool, device=a.device))
+    left, right = full_u.mT @ gu, full_vh @ gvh.mT
+    p, q = f * left, f * right
+    sj, si = s[..., None, :], full_s[..., :, None]
     grad = (u * gs[..., None, :]) @ vh
-    grad = grad + (full_u @ (p * s[..., None, :])) @ vh
-    grad = grad + u @ ((p * left[..., :, None])[..., :k, :].mT @ full_vh[..., :k, :])
-    grad = grad + u @ ((q * s[..., None, :]).mT @ full_vh)
-    grad = grad + (full_u[..., :k] @ (q * right[..., :, None])[..., :k, :]) @ vh
+    grad = grad + full_u @ (p * sj + q * si) @ vh + u @ ((p * si + q * sj).mT @ full_vh)
+    moved = inverse(s, torch.zeros_like(s, dtype=torch.bool))[..., None, :]
+    grad = grad + ((gu - full_u @ left) * moved) @ vh + (u * moved) @ (gvh - right.mT @ full_vh)
     return grad, None, None, None
 
 
@@ -225,9 +253,7 @@ def _topk_setup(ctx, inputs, output):
 def _topk_backward(ctx, grad, _row_ptr, _col_idx):
     row_ptr, col_idx = ctx.saved_tensors
     m, n = ctx.size
-    rows = torch.repeat_interleave(
-        torch.arange(m, device=grad.device), row_ptr.diff().long(), output_size=col_idx.shape[0]
-    )
+    rows = _rows_of(row_ptr, col_idx.shape[0])
     return grad.new_zeros(m * n).index_put((rows * n + col_idx,), grad).view(m, n), None
 
 
@@ -274,19 +300,21 @@ def _linear_setup(ctx, inputs, output):
 
 def _linear_backward(ctx, grad):
     """With y = x (U V + S)^T: dx = dy (U V + S), the same op with (V^T, U^T, S^T); dS = dy^T x on the support."""
-    x, u, v, values, row_ptr, col_idx, col_ptr, row_idx, perm = ctx.saved_tensors
+    x, u, v, values, *pattern = ctx.saved_tensors
+    pattern = Pattern(*pattern)
     need_x, need_u, need_v, need_values, *_, need_bias = ctx.needs_input_grad
     gx = gu = gv = gvalues = gbias = None
     rows, grads = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
     if need_x:
-        # The transposed call never reads its own transpose, so row_ptr and col_idx only fill the places.
-        gx = _ops.lrs_linear(grad, v.t(), u.t(), values[perm], col_ptr, row_idx, row_ptr, col_idx, perm, None)
+        # The permutation back to S is read by a second derivative only; elsewhere the place is just filled.
+        transposed = pattern.transpose() if torch.is_grad_enabled() else (*pattern[2:4], *pattern[:2], pattern.perm)
+        gx = _ops.lrs_linear(grad, v.t(), u.t(), values[pattern.perm], *transposed, None)
     if need_u:
         gu = grads.t() @ (rows @ v.t())
     if need_v:
         gv = (grads @ u).t() @ rows
     if need_values:
-        gvalues = _ops.sddmm(grads.t(), rows.t(), row_ptr, col_idx)
+        gvalues = _ops.sddmm(grads.t(), rows.t(), *pattern[:2])
     if need_bias:
         gbias = grads.sum(0)
     return gx, gu, gv, gvalues, None, None, None, None, None, gbias
@@ -326,19 +354,16 @@ def _sddmm_setup(ctx, inputs, output):
 def _sddmm_backward(ctx, grad):
     """With G the gradient on the support: da = G b and db = G^T a, products of a sparse matrix with rank 0."""
     a, b, row_ptr, col_idx = ctx.saved_tensors
-    m, n, nnz = a.shape[0], b.shape[0], col_idx.shape[0]
-    rows = torch.repeat_interleave(torch.arange(m, device=a.device), row_ptr.diff().long(), output_size=nnz)
-    perm = torch.argsort(col_idx.long() * m + rows)
-    counts = torch.zeros(n, dtype=torch.int32, device=a.device).index_add(0, col_idx, torch.ones_like(col_idx))
-    col_ptr = torch.cat([counts.new_zeros(1), counts.cumsum(0, dtype=torch.int32)])
-    forward = (row_ptr, col_idx, col_ptr, rows[perm].int(), perm.int())
-    backward = (*forward[2:4], *forward[:2], perm.int())
+    need_a, need_b, *_ = ctx.needs_input_grad
+    pattern = _with_transpose(row_ptr, col_idx, _rows_of(row_ptr, col_idx.shape[0]), b.shape[0])
 
-    def product(dense, values, m, n, pattern):  # [n, k] -> [m, k]
-        none = grad.new_empty
-        return _ops.lrs_linear(dense.t(), none(m, 0), none(0, n), values, *pattern, None).t()
+    def product(dense, values, pattern):  # S [m, n], dense [n, k] -> [m, k]
+        u, v = grad.new_empty(pattern.row_ptr.shape[0] - 1, 0), grad.new_empty(0, dense.shape[0])
+        return _ops.lrs_linear(dense.t(), u, v, values, *pattern, None).t()
 
-    return product(b, grad, m, n, forward), product(a, grad[perm], n, m, backward), None, None
+    ga = product(b, grad, pattern) if need_a else None
+    gb = product(a, grad[pattern.perm], pattern.transpose()) if need_b else None
+    return ga, gb, None, None
 
 
 register_autograd("cmd_ext::sddmm", _sddmm_backward, setup_context=_sddmm_setup)
@@ -402,8 +427,8 @@ def _(x, u, v, values, row_ptr, col_idx, col_ptr, row_idx, perm, bias, kernel_si
 
 
 @register_fake("cmd_ext::_lrs_conv2d_grad_input")
-def _(grad, u, v, values, row_ptr, col_idx, col_ptr, row_idx, perm, input_size, kernel_size, stride, padding, dilation, groups):
-    channels = v.shape[1] // (kernel_size[0] * kernel_size[1]) * groups
+def _(grad, u, v, values, row_ptr, col_idx, col_ptr, row_idx, perm, input_size, kernel_size, *geometry):
+    channels = v.shape[1] // (kernel_size[0] * kernel_size[1]) * geometry[-1]
     return _like_image(grad, (grad.shape[0], channels, *input_size))
 
 
@@ -418,38 +443,89 @@ def _conv_setup(ctx, inputs, output):
     ctx.geometry = kernel_size, stride, padding, dilation, groups
 
 
-def _conv_backward(ctx, grad):
-    """dx by the transposed support, dS on the support only; dU and dV through torch's convolution gradients.
+def _factor_grads(grad, x, u, v, need_u, need_v, geometry):
+    """Gradients for u and v of the low-rank branch, through torch's convolution gradients.
 
     z = V * x is computed again rather than kept, as it costs a fraction r / m of the layer.
     """
-    x, u, v, values, *pattern = ctx.saved_tensors
-    kernel_size, stride, padding, dilation, groups = ctx.geometry
-    need_x, need_u, need_v, need_values, *_, need_bias, _, _, _, _, _ = ctx.needs_input_grad
     m, r = u.shape
-    gx = gu = gv = gvalues = gbias = None
+    if r == 0:
+        return torch.zeros_like(u) if need_u else None, torch.zeros_like(v) if need_v else None
+    if not (need_u or need_v):
+        return None, None
+    kernel_size, stride, padding, dilation, groups = geometry
+    v_kernel = v.reshape(groups * r, -1, *kernel_size)
+    z = torch.nn.functional.conv2d(x, v_kernel, None, stride, padding, dilation, groups)
+    dz, gu, _ = torch.ops.aten.convolution_backward(
+        grad, z, u.reshape(m, r, 1, 1), None, [1, 1], [0, 0], [1, 1], False, [0, 0], groups, [need_v, need_u, False]
+    )
+    gv = None
+    if need_v:
+        _, gv, _ = torch.ops.aten.convolution_backward(
+            dz, x, v_kernel, None, stride, padding, dilation, False, [0, 0], groups, [False, True, False]
+        )
+    return gu.reshape(m, r) if need_u else None, gv.reshape(v.shape) if need_v else None
+
+
+def _conv_backward(ctx, grad):
+    """dx by the transposed support, dS on the support only."""
+    x, u, v, values, *pattern = ctx.saved_tensors
+    need_x, need_u, need_v, need_values, *_, need_bias, _, _, _, _, _ = ctx.needs_input_grad
+    gx = gvalues = None
     if need_x:
         gx = _ops._lrs_conv2d_grad_input(grad, u, v, values, *pattern, x.shape[2:], *ctx.geometry)
+    gu, gv = _factor_grads(grad, x, u, v, need_u, need_v, ctx.geometry)
     if need_values:
         gvalues = _ops._lrs_conv2d_grad_values(grad, x, *pattern[:2], *ctx.geometry)
-    if (need_u or need_v) and r > 0:
-        v_kernel = v.view(groups * r, -1, *kernel_size)
-        u_kernel = u.reshape(m, r, 1, 1)
-        z = torch.nn.functional.conv2d(x, v_kernel, None, stride, padding, dilation, groups)
-        dz, du, _ = torch.ops.aten.convolution_backward(
-            grad, z, u_kernel, None, [1, 1], [0, 0], [1, 1], False, [0, 0], groups, [need_v, need_u, False]
-        )
-        gu = du.view(m, r) if need_u else None
-        if need_v:
-            _, dv, _ = torch.ops.aten.convolution_backward(
-                dz, x, v_kernel, None, stride, padding, dilation, False, [0, 0], groups, [False, True, False]
-            )
-            gv = dv.reshape(v.shape)
-    elif r == 0:
-        gu, gv = torch.zeros_like(u) if need_u else None, torch.zeros_like(v) if need_v else None
-    if need_bias:
-        gbias = grad.sum((0, 2, 3))
+    gbias = grad.sum((0, 2, 3)) if need_bias else None
     return gx, gu, gv, gvalues, None, None, None, None, None, gbias, None, None, None, None, None
 
 
 register_autograd("cmd_ext::lrs_conv2d", _conv_backward, setup_context=_conv_setup)
+
+
+def _grad_input_setup(ctx, inputs, output):
+    *tensors, _input_size, kernel_size, stride, padding, dilation, groups = inputs
+    ctx.save_for_backward(*tensors)
+    ctx.geometry = kernel_size, stride, padding, dilation, groups
+
+
+def _grad_input_backward(ctx, gx):
+    """dx is linear in dy and in the weights, so with gx in the place of x these are the layer and its own gradients."""
+    grad, u, v, values, *pattern = ctx.saved_tensors
+    need_grad, need_u, need_v, need_values, *_ = ctx.needs_input_grad
+    ggrad = gvalues = None
+    if need_grad:
+        ggrad = _ops.lrs_conv2d(gx, u, v, values, *pattern, None, *ctx.geometry)
+    gu, gv = _factor_grads(grad, gx, u, v, need_u, need_v, ctx.geometry)
+    if need_values:
+        gvalues = _ops._lrs_conv2d_grad_values(grad, gx, *pattern[:2], *ctx.geometry)
+    return ggrad, gu, gv, gvalues, *[None] * 11
+
+
+register_autograd("cmd_ext::_lrs_conv2d_grad_input", _grad_input_backward, setup_context=_grad_input_setup)
+
+
+def _grad_values_setup(ctx, inputs, output):
+    grad, x, row_ptr, col_idx, *geometry = inputs
+    ctx.save_for_backward(grad, x, row_ptr, col_idx)
+    ctx.geometry = geometry
+
+
+def _grad_values_backward(ctx, gvalues):
+    """dS is bilinear in dy and x: the sparse layer, and its gradient for x, with the values gvalues and rank 0."""
+    grad, x, row_ptr, col_idx = ctx.saved_tensors
+    need_grad, need_x, *_ = ctx.needs_input_grad
+    kernel_size, groups = ctx.geometry[0], ctx.geometry[-1]
+    n = x.shape[1] // groups * kernel_size[0] * kernel_size[1]
+    pattern = _with_transpose(row_ptr, col_idx, _rows_of(row_ptr, col_idx.shape[0]), n, groups)
+    u, v = x.new_empty(grad.shape[1], 0), x.new_empty(0, n)
+    ggrad = gx = None
+    if need_grad:
+        ggrad = _ops.lrs_conv2d(x, u, v, gvalues, *pattern, None, *ctx.geometry)
+    if need_x:
+        gx = _ops._lrs_conv2d_grad_input(grad, u, v, gvalues, *pattern, x.shape[2:], *ctx.geometry)
+    return ggrad, gx, *[None] * 7
+
+
+register_autograd("cmd_ext::_lrs_conv2d_grad_values", _grad_values_backward, setup_context=_grad_values_setup)

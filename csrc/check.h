@@ -95,8 +95,8 @@ struct Pattern {
   Tensor row_ptr, col_idx;
   int64_t rows, cols;
 
-  Pattern(const char* op, const char* ptr_name, const char* idx_name, const Tensor& ptr, const Tensor& idx, int64_t rows,
-          int64_t cols, int64_t nnz)
+  Pattern(const char* op, const char* ptr_name, const char* idx_name, const Tensor& ptr, const Tensor& idx,
+          int64_t rows, int64_t cols, int64_t nnz)
       : rows(rows), cols(cols) {
     for (auto [name, t] : {std::pair{ptr_name, &ptr}, {idx_name, &idx}}) {
       check(t->scalar_type() == ScalarType::Int, op, ": ", name, " must be int32");
@@ -119,7 +119,8 @@ struct Pattern {
 
   template <class T>
   cpu::Csr<T> with(const Tensor& values) const {
-    return {rows, cols, values.const_data_ptr<T>(), row_ptr.const_data_ptr<int32_t>(), col_idx.const_data_ptr<int32_t>()};
+    return {rows, cols, values.const_data_ptr<T>(), row_ptr.const_data_ptr<int32_t>(),
+            col_idx.const_data_ptr<int32_t>()};
   }
 };
 

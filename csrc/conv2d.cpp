@@ -13,8 +13,10 @@ struct Conv {
 
   Conv(const char* op, Sizes kernel, Sizes stride, Sizes padding, Sizes dilation, int64_t groups)
       : op(op), kernel(kernel), stride(stride), padding(padding), dilation(dilation), groups(groups) {
-    for (auto [name, value, low] : {std::tuple{"kernel_size", &this->kernel, 1}, {"stride", &this->stride, 1},
-                                    {"padding", &this->padding, 0}, {"dilation", &this->dilation, 1}}) {
+    for (auto [name, value, low] : {std::tuple{"kernel_size", &this->kernel, 1},
+                                    {"stride", &this->stride, 1},
+                                    {"padding", &this->padding, 0},
+                                    {"dilation", &this->dilation, 1}}) {
       check(value->size() == 2, op, ": ", name, " must be two integers, got ", *value);
       check((*value)[0] >= low && (*value)[1] >= low, op, ": ", name, " must be >= ", low, ", got ", *value);
     }
@@ -34,7 +36,8 @@ struct Conv {
     return out;
   }
   cpu::ConvShape shape(int64_t batch) const {
-    return {batch, groups, kernel[0], kernel[1], stride[0], stride[1], padding[0], padding[1], dilation[0], dilation[1]};
+    return {batch,     groups,     kernel[0],  kernel[1],   stride[0],
+            stride[1], padding[0], padding[1], dilation[0], dilation[1]};
   }
 };
 
@@ -48,7 +51,8 @@ int64_t check_weights(const Conv& conv, const Tensor& x, const Tensor& u, const 
   check(m % conv.groups == 0, conv.op, ": groups must divide m = u.size(0) = ", m, ", got ", conv.groups);
   check(v.size(0) == conv.groups * r, conv.op, ": v must be [groups * r, n] with groups * r = ", conv.groups * r,
         ", got ", sizes_of(v));
-  check(n % conv.taps() == 0, conv.op, ": v.size(1) must be a multiple of the kernel's ", conv.taps(), " taps, got ", n);
+  check(n % conv.taps() == 0, conv.op, ": v.size(1) must be a multiple of the kernel's ", conv.taps(), " taps, got ",
+        n);
   return n / conv.taps() * conv.groups;
 }
 
@@ -100,8 +104,8 @@ Tensor lrs_conv2d(const Tensor& x, const Tensor& u, const Tensor& v, const Tenso
   check_dim(conv.op, "x", x, 4, "[batch, channels, height, width]");
   const int64_t channels = check_weights(conv, x, u, v, values);
   const int64_t batch = x.size(0), m = u.size(0), r = u.size(1);
-  check(x.size(1) == channels, conv.op, ": x must have v.size(1) / kernel taps * groups = ", channels, " channels, got ",
-        sizes_of(x));
+  check(x.size(1) == channels, conv.op, ": x must have v.size(1) / kernel taps * groups = ", channels,
+        " channels, got ", sizes_of(x));
   if (bias) {
     check_same_dtype(conv.op, "bias", *bias, x);
     check_sizes(conv.op, "bias", *bias, {m}, "[m]");
@@ -117,7 +121,8 @@ Tensor lrs_conv2d(const Tensor& x, const Tensor& u, const Tensor& v, const Tenso
   Tensor y;
   if (r > 0) {
     const Tensor z = conv2d(input, v_kernel(conv, as_type(v, type)), std::nullopt, stride, padding, dilation, groups);
-    y = conv2d(z, torch::stable::reshape(as_type(u, type), {m, r, 1, 1}), wide_bias, conv.one, conv.none, conv.one, groups);
+    y = conv2d(z, torch::stable::reshape(as_type(u, type), {m, r, 1, 1}), wide_bias, conv.one, conv.none, conv.one,
+               groups);
     y = torch::stable::contiguous(y, channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
   } else {
     y = empty_image(input, out_sizes, channels_last);
@@ -126,7 +131,8 @@ Tensor lrs_conv2d(const Tensor& x, const Tensor& u, const Tensor& v, const Tenso
   const Tensor dense_values = dense_as(values, type);
   dispatch(type, [&](auto tag) {
     using T = decltype(tag);
-    cpu::sparse_conv2d(image_of<T>(input), pattern.with<T>(dense_values), output_of<T>(y), conv.shape(batch), parallel_for);
+    cpu::sparse_conv2d(image_of<T>(input), pattern.with<T>(dense_values), output_of<T>(y), conv.shape(batch),
+                       parallel_for);
   });
   return as_type(y, x.scalar_type());
 }
@@ -154,7 +160,8 @@ Tensor lrs_conv2d_grad_input(const Tensor& grad, const Tensor& u, const Tensor& 
   Tensor dx;
   if (r > 0) {
     const Tensor u_groups = torch::stable::reshape(as_type(u, type), {groups, m / groups, r});
-    const Tensor u_kernel = torch::stable::reshape(torch::stable::transpose(u_groups, 1, 2), {groups * r, m / groups, 1, 1});
+    const Tensor u_kernel =
+        torch::stable::reshape(torch::stable::transpose(u_groups, 1, 2), {groups * r, m / groups, 1, 1});
     const Tensor dz = conv2d(dy, u_kernel, std::nullopt, conv.one, conv.none, conv.one, groups);
     Sizes output_padding(2);
     for (int i = 0; i < 2; ++i)
@@ -170,7 +177,7 @@ Tensor lrs_conv2d_grad_input(const Tensor& grad, const Tensor& u, const Tensor& 
   dispatch(type, [&](auto tag) {
     using T = decltype(tag);
     cpu::sparse_conv2d_grad_input(image_of<T>(dy), transposed.with<T>(values_t), output_of<T>(dx), conv.shape(batch),
-                             parallel_for);
+                                  parallel_for);
   });
   return as_type(dx, grad.scalar_type());
 }
@@ -183,7 +190,8 @@ Tensor lrs_conv2d_grad_values(const Tensor& grad, const Tensor& x, const Tensor&
   check_dim(conv.op, "grad", grad, 4, "[batch, m, out_height, out_width]");
   check_dim(conv.op, "x", x, 4, "[batch, channels, height, width]");
   const int64_t batch = grad.size(0), m = grad.size(1), channels = x.size(1), nnz = col_idx.numel();
-  check(m % groups == 0 && channels % groups == 0, conv.op, ": groups must divide ", m, " and ", channels, ", got ", groups);
+  check(m % groups == 0 && channels % groups == 0, conv.op, ": groups must divide ", m, " and ", channels, ", got ",
+        groups);
   const Sizes out = conv.output_size(x.size(2), x.size(3));
   check_sizes(conv.op, "grad", grad, {x.size(0), m, out[0], out[1]}, "[batch, m, out_height, out_width]");
   const Pattern pattern(conv.op, "row_ptr", "col_idx", row_ptr, col_idx, m, channels / groups * conv.taps(), nnz);
@@ -194,7 +202,7 @@ Tensor lrs_conv2d_grad_values(const Tensor& grad, const Tensor& x, const Tensor&
   dispatch(type, [&](auto tag) {
     using T = decltype(tag);
     cpu::sparse_conv2d_grad_values(image_of<T>(input), image_of<T>(dy), pattern.with<T>(dvalues),
-                              dvalues.mutable_data_ptr<T>(), conv.shape(batch), parallel_for);
+                                   dvalues.mutable_data_ptr<T>(), conv.shape(batch), parallel_for);
   });
   return as_type(dvalues, grad.scalar_type());
 }

@@ -29,16 +29,18 @@ Tensor lrs_linear(const Tensor& x, const Tensor& u, const Tensor& v, const Tenso
   int64_t batch = 1;
   for (size_t i = 0; i + 1 < out_sizes.size(); ++i) batch *= out_sizes[i];
   const Tensor rows = torch::stable::reshape(dense_as(x, type), {batch, n});
-  Tensor y = r > 0 ? torch::stable::matmul(torch::stable::matmul(rows, torch::stable::transpose(as_type(v, type), 0, 1)),
-                                           torch::stable::transpose(as_type(u, type), 0, 1))
-                   : torch::stable::new_zeros(rows, {batch, m});
+  Tensor y = r > 0
+                 ? torch::stable::matmul(torch::stable::matmul(rows, torch::stable::transpose(as_type(v, type), 0, 1)),
+                                         torch::stable::transpose(as_type(u, type), 0, 1))
+                 : torch::stable::new_zeros(rows, {batch, m});
   const Tensor dense_values = dense_as(values, type);
   const std::optional<Tensor> dense_bias = bias ? std::optional(dense_as(*bias, type)) : std::nullopt;
-  if (batch > 0 && (nnz > 0 || bias)) dispatch(type, [&](auto tag) {
-    using T = decltype(tag);
-    cpu::sparse_linear(rows.const_data_ptr<T>(), batch, pattern.with<T>(dense_values),
-                  dense_bias ? dense_bias->const_data_ptr<T>() : nullptr, y.mutable_data_ptr<T>(), parallel_for);
-  });
+  if (batch > 0 && (nnz > 0 || bias))
+    dispatch(type, [&](auto tag) {
+      using T = decltype(tag);
+      cpu::sparse_linear(rows.const_data_ptr<T>(), batch, pattern.with<T>(dense_values),
+                         dense_bias ? dense_bias->const_data_ptr<T>() : nullptr, y.mutable_data_ptr<T>(), parallel_for);
+    });
   return torch::stable::reshape(as_type(y, x.scalar_type()), out_sizes);
 }
 
@@ -58,7 +60,7 @@ Tensor sddmm(const Tensor& a, const Tensor& b, const Tensor& row_ptr, const Tens
   dispatch(type, [&](auto tag) {
     using T = decltype(tag);
     cpu::sddmm(left.const_data_ptr<T>(), right.const_data_ptr<T>(), k, pattern.with<T>(out), out.mutable_data_ptr<T>(),
-          parallel_for);
+               parallel_for);
   });
   return as_type(out, a.scalar_type());
 }

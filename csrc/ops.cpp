@@ -15,8 +15,8 @@ STABLE_TORCH_LIBRARY(cmd_ext, m) {
   m.def("lrs_linear(Tensor x, Tensor u, Tensor v, Tensor values, " PATTERN ", Tensor? bias) -> Tensor");
   m.def("sddmm(Tensor a, Tensor b, Tensor row_ptr, Tensor col_idx) -> Tensor");
   m.def("lrs_conv2d(Tensor x, Tensor u, Tensor v, Tensor values, " PATTERN ", Tensor? bias, " CONV ") -> Tensor");
-  m.def("_lrs_conv2d_grad_input(Tensor grad, Tensor u, Tensor v, Tensor values, " PATTERN
-        ", int[2] input_size, " CONV ") -> Tensor");
+  m.def("_lrs_conv2d_grad_input(Tensor grad, Tensor u, Tensor v, Tensor values, " PATTERN ", int[2] input_size, " CONV
+        ") -> Tensor");
   m.def("_lrs_conv2d_grad_values(Tensor grad, Tensor x, Tensor row_ptr, Tensor col_idx, " CONV ") -> Tensor");
 }
 

@@ -17,7 +17,8 @@ Tensor transposed(const Tensor& t) { return torch::stable::transpose(t, 1, 2); }
 
 // The two results of linalg_qr.
 std::pair<Tensor, Tensor> qr(const Tensor& t) {
-  std::array<StableIValue, 2> stack{torch::stable::detail::from(t), torch::stable::detail::from(std::string("reduced"))};
+  std::array<StableIValue, 2> stack{torch::stable::detail::from(t),
+                                    torch::stable::detail::from(std::string("reduced"))};
   TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linalg_qr", "", stack.data(), TORCH_ABI_VERSION));
   return {torch::stable::detail::to<Tensor>(stack[0]), torch::stable::detail::to<Tensor>(stack[1])};
 }
@@ -25,7 +26,8 @@ std::pair<Tensor, Tensor> qr(const Tensor& t) {
 std::tuple<Tensor, Tensor, Tensor> svd(const Tensor& t) {
   std::array<StableIValue, 3> stack{torch::stable::detail::from(t), torch::stable::detail::from(false),
                                     torch::stable::detail::from(std::optional<std::string>())};
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linalg_svd", "", stack.data(), TORCH_ABI_VERSION));
+  check(torch_call_dispatcher("aten::linalg_svd", "", stack.data(), TORCH_ABI_VERSION) == AOTI_TORCH_SUCCESS,
+        "truncated_svd: the SVD did not converge; a must be free of NaN and infinity");
   return {torch::stable::detail::to<Tensor>(stack[0]), torch::stable::detail::to<Tensor>(stack[1]),
           torch::stable::detail::to<Tensor>(stack[2])};
 }
@@ -54,8 +56,8 @@ std::tuple<Tensor, Tensor, Tensor> truncated_svd(const Tensor& a, const Tensor& 
   check_dim(op, "a", a, 3, "[b, m, n]");
   check_dim(op, "basis", basis, 3, "[b, n, l]");
   const int64_t b = a.size(0), m = a.size(1), n = a.size(2), l = basis.size(2);
-  check(basis.size(0) == b && basis.size(1) == n, op, ": basis must be [b, n, l] with b = ", b, " and n = ", n, ", got ",
-        sizes_of(basis));
+  check(basis.size(0) == b && basis.size(1) == n, op, ": basis must be [b, n, l] with b = ", b, " and n = ", n,
+        ", got ", sizes_of(basis));
   check(l <= std::min(m, n), op, ": basis must have at most min(m, n) = ", std::min(m, n), " columns, got ", l);
   check(rank >= 0 && rank <= l, op, ": rank must lie in [0, columns of basis] = [0, ", l, "], got ", rank);
   check(n_iter >= 0, op, ": n_iter must be >= 0, got ", n_iter);
@@ -65,8 +67,7 @@ std::tuple<Tensor, Tensor, Tensor> truncated_svd(const Tensor& a, const Tensor& 
 
   const Tensor at = transposed(a);
   Tensor q = qr(torch::stable::matmul(a, basis)).first;
-  for (int64_t i = 0; i < n_iter; ++i)
-    q = qr(torch::stable::matmul(a, qr(torch::stable::matmul(at, q)).first)).first;
+  for (int64_t i = 0; i < n_iter; ++i) q = qr(torch::stable::matmul(a, qr(torch::stable::matmul(at, q)).first)).first;
   const auto [p, r] = qr(torch::stable::matmul(at, q));
   const auto [x, s, yh] = svd(transposed(r));
 

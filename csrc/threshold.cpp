@@ -19,8 +19,8 @@ std::tuple<Tensor, Tensor, Tensor> topk_csr(const Tensor& a, int64_t nnz) {
   Tensor col_idx = torch::stable::new_empty(dense, {nnz}, ScalarType::Int);
   dispatch(type, [&](auto tag) {
     using T = decltype(tag);
-    cpu::topk_csr(dense.const_data_ptr<T>(), m, n, nnz, values.mutable_data_ptr<T>(), row_ptr.mutable_data_ptr<int32_t>(),
-             col_idx.mutable_data_ptr<int32_t>(), parallel_for);
+    cpu::topk_csr(dense.const_data_ptr<T>(), m, n, nnz, values.mutable_data_ptr<T>(),
+                  row_ptr.mutable_data_ptr<int32_t>(), col_idx.mutable_data_ptr<int32_t>(), parallel_for);
   });
   return {as_type(values, a.scalar_type()), row_ptr, col_idx};
 }

@@ -35,7 +35,8 @@ constexpr int64_t kGrainOps = 1 << 16;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// An image seen as planes: plane (c, a, b), row q, column t is pixel (q * phases_h + a - pad_h, t * phases_w + b - pad_w).
+// An image seen as planes: row q, column t of plane (c, a, b) is pixel (q * phases_h + a - pad_h,
+// t * phases_w + b - pad_w) of channel c.
 template <class T>
 struct Planes {
   Image<T> image;
@@ -46,10 +47,10 @@ struct Planes {
 
 // How the output rows of all images are cut into steps, and where things lie within one packed step.
 struct Steps {
-  int64_t batch, rows, cols;       // output rows and columns (in plane coordinates)
-  int64_t pitch, height;           // of one packed image: columns and rows including the kernel's reach
-  int64_t images, strip;           // per step: images, or output rows of one image
-  int64_t plane;                   // elements of one packed plane
+  int64_t batch, rows, cols;  // output rows and columns (in plane coordinates)
+  int64_t pitch, height;      // of one packed image: columns and rows including the kernel's reach
+  int64_t images, strip;      // per step: images, or output rows of one image
+  int64_t plane;              // elements of one packed plane
 
   Steps(int64_t batch, int64_t rows, int64_t cols, int64_t reach_h, int64_t reach_w, int64_t planes, int64_t element)
       : batch(batch), rows(rows), cols(cols), pitch(cols + reach_w) {
@@ -57,7 +58,7 @@ struct Steps {
     const int64_t rows_that_fit = kPackedBytes / row_bytes;
     strip = std::clamp<int64_t>(rows_that_fit - reach_h, std::min<int64_t>(rows, 4), rows);
     height = strip + reach_h;
-    images = strip < rows ? 1 : std::clamp<int64_t>(rows_that_fit / height, 1, batch);
+    images = strip < rows ? 1 : std::clamp<int64_t>(rows_that_fit / height, 1, std::max<int64_t>(batch, 1));
     // Slack: the last tile may run kTileVecs vectors and one kernel reach past the last position.
     plane = images * height * pitch + reach_h * pitch + reach_w + kTileVecs * 64;
   }
@@ -141,8 +142,8 @@ SIMD_INLINE void tile_of(int vecs, const TapList<T>& taps, int64_t row, const T*
   switch (vecs) {
 #define CASE(N) \
   case N:       \
-    return tile<T, N>(taps, row, planes, out)
-    CASE(1); CASE(2); CASE(3); CASE(4); CASE(5); CASE(6); CASE(7); CASE(8); CASE(9); CASE(10); CASE(11); CASE(12);
+    return tile<T, N>(taps, row, planes, out);
+    CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
 #undef CASE
   }
 }
@@ -177,7 +178,8 @@ template <class T>
 void multiply(const TapList<T>& taps, const Planes<T>& out, const Steps& all, const Step& step, const T* packed,
               const ParallelFor& parallel_for) {
   constexpr int64_t kWidth = kLanes<T>;
-  const int64_t vecs = ceil_div(step.positions(all), kWidth), tiles = ceil_div(vecs, kTileVecs);
+  const int64_t positions = step.positions(all);
+  const int64_t vecs = ceil_div(positions, kWidth), tiles = ceil_div(vecs, kTileVecs);
   const int64_t blocks = ceil_div(taps.rows(), kRowBlock);
   const int64_t operations = 2 * int64_t(taps.values.size()) * vecs * kWidth;
   const int64_t grain = std::max<int64_t>(1, tiles * blocks * kGrainOps / std::max<int64_t>(1, operations));
@@ -187,10 +189,11 @@ void multiply(const TapList<T>& taps, const Planes<T>& out, const Steps& all, co
       for (int64_t item = begin; item < end; ++item) {
         const int64_t t = item / blocks, first_row = item % blocks * kRowBlock;
         const int64_t v = vecs * t / tiles, count = vecs * (t + 1) / tiles - v;  // equal tiles, no ragged tail
+        const int64_t valid = std::min(count * kWidth, positions - v * kWidth);  // the last vector may run past the end
         for (int64_t row = first_row; row < std::min(taps.rows(), first_row + kRowBlock); ++row) {
           if (taps.row_ptr[row] == taps.row_ptr[row + 1]) continue;
           tile_of<T>(int(count), taps, row, packed + v * kWidth, buffer);
-          add_positions(out, all, step, row, v * kWidth, count * kWidth, buffer);
+          add_positions(out, all, step, row, v * kWidth, valid, buffer);
         }
       }
     });
@@ -264,7 +267,8 @@ void sparse_conv2d_grad_input(const Image<const T>& dy, const Csr<T>& st, const 
   const int64_t kernel = shape.kernel_h * shape.kernel_w, phases = shape.stride_h * shape.stride_w;
   const Planes<const T> in{dy, 1, 1, far.down, far.right};
   const Planes<T> out{dx, shape.stride_h, shape.stride_w, shape.pad_h, shape.pad_w};
-  const Steps steps(shape.batch, dy.height + far.down, dy.width + far.right, far.down, far.right, in.count(), sizeof(T));
+  const Steps steps(shape.batch, dy.height + far.down, dy.width + far.right, far.down, far.right, in.count(),
+                    sizeof(T));
 
   TapList<T> taps;
   for (int64_t c = 0; c < dx.channels; ++c)
@@ -291,8 +295,8 @@ void sparse_conv2d_grad_values(const Image<const T>& x, const Image<const T>& dy
   const Planes<const T> in = input_planes(x, shape), grad{dy, 1, 1, 0, 0};
   const Tap far = reach(shape);
   const Steps steps(shape.batch, dy.height, dy.width, far.down, far.right, in.count() + grad.count(), sizeof(T));
-  const TapList<T> taps = forward_taps(Csr<T>{pattern.rows, pattern.cols, nullptr, pattern.row_ptr, pattern.col_idx}, x,
-                                       shape, steps);
+  const TapList<T> taps =
+      forward_taps(Csr<T>{pattern.rows, pattern.cols, nullptr, pattern.row_ptr, pattern.col_idx}, x, shape, steps);
 
   std::vector<T> packed_x(in.count() * steps.plane), packed_dy(grad.count() * steps.plane);
   for (int64_t index = 0; index < steps.count(); ++index) {
@@ -311,12 +315,12 @@ void sparse_conv2d_grad_values(const Image<const T>& x, const Image<const T>& dy
   }
 }
 
-#define INSTANTIATE(T)                                                                                              \
-  template void sparse_conv2d(const Image<const T>&, const Csr<T>&, const Image<T>&, const ConvShape&,              \
-                              const ParallelFor&);                                                                  \
-  template void sparse_conv2d_grad_input(const Image<const T>&, const Csr<T>&, const Image<T>&, const ConvShape&,   \
-                                         const ParallelFor&);                                                       \
-  template void sparse_conv2d_grad_values(const Image<const T>&, const Image<const T>&, const Csr<T>&, T*,          \
+#define INSTANTIATE(T)                                                                                            \
+  template void sparse_conv2d(const Image<const T>&, const Csr<T>&, const Image<T>&, const ConvShape&,            \
+                              const ParallelFor&);                                                                \
+  template void sparse_conv2d_grad_input(const Image<const T>&, const Csr<T>&, const Image<T>&, const ConvShape&, \
+                                         const ParallelFor&);                                                     \
+  template void sparse_conv2d_grad_values(const Image<const T>&, const Image<const T>&, const Csr<T>&, T*,        \
                                           const ConvShape&, const ParallelFor&);
 INSTANTIATE(float)
 INSTANTIATE(double)

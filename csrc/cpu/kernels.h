@@ -9,7 +9,8 @@
 namespace cmd_ext::cpu {
 
 // Runs body(begin, end) over [0, count) on the caller's thread pool, in pieces of at least `grain`.
-using ParallelFor = std::function<void(int64_t count, int64_t grain, const std::function<void(int64_t, int64_t)>& body)>;
+using ParallelFor =
+    std::function<void(int64_t count, int64_t grain, const std::function<void(int64_t, int64_t)>& body)>;
 
 // Compressed sparse rows. Columns ascend within a row.
 template <class T>

@@ -83,9 +83,7 @@ void linear_tiled(const T* x, int64_t batch, const Csr<T>& s, const T* bias, T* 
     const int64_t samples = std::min(kTile, batch - b);
     pack_tile(x + b * s.cols, samples, s.cols, kTile, xt.data(), parallel_for);
     parallel_for(s.rows, row_grain(s.rows, 2 * s.nnz() * kTile), [&](int64_t begin, int64_t end) {
-      simd::run([&] SIMD_LAMBDA() {
-        rows_of_tile<T, kVecs>(xt.data(), samples, s, bias, y + b * s.rows, begin, end);
-      });
+      simd::run([&] SIMD_LAMBDA() { rows_of_tile<T, kVecs>(xt.data(), samples, s, bias, y + b * s.rows, begin, end); });
     });
   }
 }
@@ -113,8 +111,8 @@ void sddmm(const T* a, const T* b, int64_t k, const Csr<T>& pattern, T* out, con
   });
 }
 
-#define INSTANTIATE(T)                                                                                      \
-  template void sparse_linear(const T*, int64_t, const Csr<T>&, const T*, T*, const ParallelFor&);          \
+#define INSTANTIATE(T)                                                                             \
+  template void sparse_linear(const T*, int64_t, const Csr<T>&, const T*, T*, const ParallelFor&); \
   template void sddmm(const T*, const T*, int64_t, const Csr<T>&, T*, const ParallelFor&);
 INSTANTIATE(float)
 INSTANTIATE(double)

@@ -24,10 +24,12 @@ struct KeyOf;
 template <>
 struct KeyOf<float> {
   using type = uint32_t;
+  static constexpr type nan = 0x7f800001;
 };
 template <>
 struct KeyOf<double> {
   using type = uint64_t;
+  static constexpr type nan = 0x7ff0000000000001;
 };
 template <class T>
 using Key = typename KeyOf<T>::type;
@@ -36,7 +38,7 @@ template <class T>
 SIMD_INLINE Key<T> magnitude_key(T value) {
   Key<T> bits;
   std::memcpy(&bits, &value, sizeof bits);
-  return bits & (~Key<T>(0) >> 1);
+  return std::min(bits & (~Key<T>(0) >> 1), KeyOf<T>::nan);  // all NaN tie, whatever their payload
 }
 
 // Counts the digit in bits [low, high) of all keys whose bits from `high` on are `prefix`.

@@ -1,0 +1,58 @@
+# Each target builds what it needs in VENV. A new VENV gets TORCH, e.g. `make test VENV=.venv-2.13 TORCH=torch==2.13.0`.
+VENV ?= .venv
+TORCH ?= torch
+PYTHON ?= python3
+LINTERS := ruff==0.17.* clang-format==23.1.*
+
+BIN := $(VENV)/bin
+LIBRARY := cmd_ext/_ops.abi3.so
+SOURCES := pyproject.toml setup.py $(wildcard build_backend/*.py csrc/*.cpp csrc/*.h csrc/*/*)
+CXX_FILES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/* cpp_tests/*.cpp cpp_tests/*.h)
+CMAKE_TOOLS := $(and $(shell command -v cmake 2>&1),$(shell command -v ninja 2>&1))
+export PATH := $(PATH):$(abspath $(BIN))
+
+.PHONY: install demo test cpp-test bench lint clean FORCE
+
+install: $(VENV)/.installed
+
+demo: install
+	$(BIN)/python -m cmd_ext demo
+
+test: cpp-test install
+	$(BIN)/python -m pytest
+
+bench: install
+	$(BIN)/python -m cmd_ext.bench
+
+# The kernels without Python, under the address and undefined-behaviour sanitizers.
+cpp-test: $(if $(CMAKE_TOOLS),,$(VENV)/.cmake)
+	cmake -S . -B build/cpp -G Ninja -DCMD_EXT_SANITIZE=ON
+	cmake --build build/cpp
+	ctest --test-dir build/cpp --output-on-failure --no-tests=error
+
+lint: $(VENV)/.linters
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
+	$(BIN)/python .ci/lint
+
+clean:
+	rm -rf build dist *.egg-info $(VENV)/.installed
+	rm -f cmd_ext/*.so
+
+$(BIN)/pip:
+	$(PYTHON) -m venv $(VENV)
+
+# Editable, so that Python run in this folder finds the libraries beside the sources.
+$(VENV)/.installed: $(SOURCES) $(if $(wildcard $(LIBRARY)),,FORCE) | $(BIN)/pip
+	$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/pip install $(foreach name,$(TORCH),'$(name)')
+	$(BIN)/pip install -e '.[test,demo]'
+	touch $@
+
+$(VENV)/.linters: Makefile | $(BIN)/pip
+	$(BIN)/pip install $(foreach name,$(LINTERS),'$(name)')
+	touch $@
+
+$(VENV)/.cmake: | $(BIN)/pip
+	$(BIN)/pip install cmake ninja
+	touch $@

@@ -1,0 +1,253 @@
+"""The command line: python -m cmd_ext compress | eval | profile | doctor | demo."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+import cmd_ext
+from cmd_ext import data, models
+from cmd_ext.calibrate import accuracy
+
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = _parser().parse_args(argv)
+    try:
+        args.run(args)
+    except (ValueError, TypeError, OSError, ImportError, FloatingPointError) as error:
+        print(f"cmd_ext {args.command}: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m cmd_ext", description="Low-rank plus sparse network compression")
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    def command(name: str, run, text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.set_defaults(run=run)
+        return sub
+
+    def network(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("--model", required=True, help="resnet56 and the like, torchvision:NAME, timm:NAME or module:callable")
+        sub.add_argument("--weights", type=Path, help="safetensors file of trained weights")
+        sub.add_argument("--data", type=Path, required=True, help="ImageFolder, tar of one, or CIFAR-10 folder")
+        sub.add_argument("--batch-size", type=int, default=128)
+        sub.add_argument("--image-size", type=int, help="pixels, for images that are not all small (default 224)")
+        sub.add_argument("--limit", type=int, help="use only this many test images")
+
+    sub = command("compress", _compress, "compress, fine-tune, save and report")
+    network(sub)
+    sub.add_argument("--constraint", action="append", required=True, metavar="KIND=VALUE", help="e.g. params=30%%; may be repeated")
+    sub.add_argument("--search", default="allocate", help="allocate or uniform")
+    sub.add_argument("--sparse-coefficient", type=float, help="share of S in the budget, for uniform")
+    sub.add_argument("--calibration", type=int, default=512, help="training images that steer the allocation")
+    sub.add_argument("--finetune-epochs", type=int, default=0)
+    sub.add_argument("--lr", type=float, default=0.01)
+    sub.add_argument("--distill", type=float, default=0.5, help="weight of the distillation from the dense network, 0 to 1")
+    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--out", type=Path, required=True, help="folder for model.safetensors, plan.json, report.txt, stats.json")
+
+    sub = command("eval", _eval, "top-1 accuracy of a network, dense or saved by compress")
+    network(sub)
+    sub.add_argument("--compressed", type=Path, help="file written by compress or cmd_ext.save")
+
+    sub = command("profile", _profile, "parameters, bytes, MACs and milliseconds per layer")
+    sub.add_argument("--model", required=True)
+    sub.add_argument("--compressed", type=Path, help="file written by compress or cmd_ext.save")
+    sub.add_argument("--input", default="1x3x32x32", help="input shape (default 1x3x32x32)")
+
+    command("doctor", _doctor, "what this installation has and lacks")
+    sub = command("demo", _demo, "train, compress, fine-tune and reload a small network on scikit-learn's digits")
+    sub.add_argument("--out", type=Path, default=Path("build/demo"))
+    sub.add_argument("--reload", type=Path, help=argparse.SUPPRESS)
+    return parser
+
+
+def _network(args: argparse.Namespace) -> torch.nn.Module:
+    model = models.create(args.model)
+    if args.weights:
+        models.load_weights(model, args.weights)
+    return model.eval()
+
+
+def _dataset(args: argparse.Namespace, split: str):
+    mean, std = models.NORMALIZATION.get(args.model, IMAGENET)
+    return data.open_dataset(args.data, split, mean, std, args.image_size)
+
+
+def _constraints(entries: list[str]) -> dict[str, str | float]:
+    constraints: dict[str, str | float] = {}
+    for entry in entries:
+        kind, equals, value = entry.partition("=")
+        if not equals:
+            raise ValueError(f"--constraint must be KIND=VALUE like params=30%, got {entry!r}")
+        try:
+            constraints[kind] = value if value.endswith("%") else float(value)
+        except ValueError:
+            raise ValueError(f"--constraint {kind} must be a number or a share like 30%, got {value!r}") from None
+    return constraints
+
+
+def _compress(args: argparse.Namespace) -> None:
+    constraints = _constraints(args.constraint)
+    args.out.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(args.seed)
+    model, train, test = _network(args), _dataset(args, "train"), _dataset(args, "test")
+    tests = data.loader(test, args.batch_size, limit=args.limit)
+    calibration = list(data.loader(train, args.batch_size, shuffle=True, seed=args.seed, limit=args.calibration))
+
+    def evaluate(network: torch.nn.Module) -> float:
+        return accuracy(network, tests)
+
+    result = cmd_ext.compress(
+        model,
+        calibration[0][0],
+        constraints=constraints,
+        calibration=calibration,
+        evaluate=evaluate,
+        search=args.search,
+        sparse_coefficient=args.sparse_coefficient,
+        seed=args.seed,
+    )
+    lines = [str(result.stats)]
+    history: list[dict] = []
+    if args.finetune_epochs:
+        loader = data.loader(train, args.batch_size, shuffle=True, augment=True, seed=args.seed)
+        history = cmd_ext.finetune(
+            result.model,
+            loader,
+            epochs=args.finetune_epochs,
+            lr=args.lr,
+            teacher=model if args.distill else None,
+            distill_weight=args.distill,
+            evaluate=evaluate,
+            clip_norm=5.0,
+            checkpoint=args.out / "finetune.pt",
+        )
+        lines += [f"epoch {row['epoch']}: loss {row['train_loss']:.4f}, score {row['score']:.4f}" for row in history]
+    cmd_ext.save(result.model, args.out / "model.safetensors")
+    (args.out / "plan.json").write_text(result.plan.to_json())
+    stats = {"stats": result.stats.to_dict(), "front": result.front, "history": list(history)}
+    (args.out / "stats.json").write_text(json.dumps(stats, indent=2))
+    (args.out / "report.txt").write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
+    print(f"written to {args.out}")
+
+
+def _eval(args: argparse.Namespace) -> None:
+    model, test = _network(args), _dataset(args, "test")
+    if args.compressed:
+        model = cmd_ext.load(args.compressed, model).eval()
+    score = accuracy(model, data.loader(test, args.batch_size, limit=args.limit))
+    print(f"top-1 {100 * score:.2f} % of {min(len(test), args.limit or len(test))} images")
+
+
+def _profile(args: argparse.Namespace) -> None:
+    try:
+        shape = [int(size) for size in args.input.split("x")]
+    except ValueError:
+        raise ValueError(f"--input must be a shape like 1x3x32x32, got {args.input!r}") from None
+    model = models.create(args.model)
+    if args.compressed:
+        model = cmd_ext.load(args.compressed, model)
+    print(cmd_ext.profile(model, torch.randn(shape)))
+
+
+def _doctor(_args: argparse.Namespace) -> None:
+    from cmd_ext import _C
+
+    def version_of(*command: str) -> str:
+        if not shutil.which(command[0]):
+            return "not found"
+        text = subprocess.run(command, capture_output=True, text=True).stdout.strip().splitlines()
+        return text[-1] if "nvcc" in command[0] and text else text[0] if text else "found"
+
+    build = _C.build_info()
+    operators = ("truncated_svd", "topk_csr", "lrs_linear", "sddmm", "lrs_conv2d")
+    devices = [d for d in ("CPU", "CUDA") if torch._C._dispatch_has_kernel_for_dispatch_key("cmd_ext::lrs_conv2d", d)]
+    extras = {"tqdm": "progress bars", "PIL": "image files", "torchvision": "its networks", "timm": "its networks"}
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none visible"
+    facts = {
+        "cmd_ext": f"{cmd_ext.__version__} in {Path(cmd_ext.__file__).parent}",
+        "python": f"{platform.python_version()} on {platform.platform()}",
+        "torch": f"{torch.__version__}, CUDA {torch.version.cuda or 'none (CPU build)'}, {torch.get_num_threads()} threads",
+        "gpu": gpu,
+        "cpu": f"{os.cpu_count()} cores; kernels run as {_C.cpu_capability()}",
+        "built with": f"torch {build['torch']} (stable ABI {build['stable_abi']}), g++ {build['compiler']}, CUDA {build['cuda']}",
+        "operators": f"{', '.join(operators)} on {' and '.join(devices)}",
+        "compiler here": version_of("c++", "--version"),
+        "nvcc here": version_of("nvcc", "--version"),
+        "ninja here": version_of("ninja", "--version"),
+        "missing extras": ", ".join(f"{name} ({use})" for name, use in extras.items() if not find_spec(name)) or "none",
+    }
+    width = max(map(len, facts))
+    print("\n".join(f"{name:<{width}}  {value}" for name, value in facts.items()))
+
+
+def _digits(split: str, batch_size: int = 64) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """scikit-learn's 1797 digits as batches of 1x32x32 images; every fifth is for testing."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    images = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 16 - 0.5
+    test = torch.arange(len(images)) % 5 == 0
+    chosen = test if split == "test" else ~test
+    images = F.interpolate(images[chosen], size=32, mode="bilinear")
+    targets = torch.tensor(digits.target)[chosen]
+    return list(zip(images.split(batch_size), targets.split(batch_size), strict=True))
+
+
+def _demo(args: argparse.Namespace) -> None:
+    test = _digits("test")
+    if args.reload:  # the new process
+        model = cmd_ext.load(args.reload, models.create("resnet20", in_channels=1)).eval()
+        print(json.dumps({"score": accuracy(model, test), "sum": model(test[0][0]).double().sum().item()}))
+        return
+    start = time.perf_counter()
+    torch.manual_seed(0)
+    train = _digits("train")
+    model = models.create("resnet20", in_channels=1)
+
+    def evaluate(network: torch.nn.Module) -> float:
+        return accuracy(network, test)
+
+    print("training ResNet-20 on 1437 digits ...")
+    cmd_ext.finetune(model, train, epochs=6, lr=0.05, evaluate=evaluate, clip_norm=5.0, seed=0)
+    print("compressing to 25 % of the parameters ...")
+    result = cmd_ext.compress(
+        model, test[0][0], constraints={"params": "25%"}, calibration=train[:4], evaluate=evaluate
+    )
+    print("fine-tuning ...")
+    history = cmd_ext.finetune(
+        result.model, train, epochs=3, lr=0.01, teacher=model, evaluate=evaluate, clip_norm=5.0, seed=0
+    )
+    args.out.mkdir(parents=True, exist_ok=True)
+    path = args.out / "digits.safetensors"
+    cmd_ext.save(result.model, path)
+    command = [sys.executable, "-m", "cmd_ext", "demo", "--reload", str(path)]
+    reloaded = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    here = result.model.eval()(test[0][0]).double().sum().item()
+    if here != reloaded["sum"]:
+        raise ValueError(f"demo: the reloaded network gives other outputs (sum {reloaded['sum']}, want {here})")
+    print(result.stats)
+    print(f"after fine-tuning: {history.best_score:.4f}; reloaded in a new process: {reloaded['score']:.4f}, the same outputs")
+    print(f"{path}: {path.stat().st_size:,} bytes; all in {time.perf_counter() - start:.0f} s")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

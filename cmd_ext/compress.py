@@ -1,0 +1,457 @@
+"""compress(): a network in, a smaller one and the report of what was done out."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field
+from difflib import get_close_matches
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import report, search
+from .calibrate import batches_of, divergence, outputs, recalibrate_if_better
+from .cost import CMD_LAYERS, Profile, profile_together
+from .decompose import decompose, split_budget
+from .modules import CMDConv2d, CMDLinear, replace
+
+PLAN_VERSION = 1
+CONSTRAINTS = ("params", "macs", "bytes")
+SEARCHES = ("allocate", "uniform")
+MIN_SIZE = 1024  # weights below which a layer is left alone: nothing to gain
+_LAYER_OF = {nn.Conv2d: CMDConv2d, nn.Linear: CMDLinear}
+
+
+@dataclass
+class Plan:
+    """What each layer becomes: enough to compress a fresh copy of the same trained network again.
+
+    Attributes:
+        layers: name -> {"rank", "nnz", "shape": [m, n], "groups"}.
+        skipped: name -> why the layer stays dense.
+        n_iter: passes of the fit.
+    """
+
+    layers: dict[str, dict]
+    skipped: dict[str, str] = field(default_factory=dict)
+    n_iter: int = 20
+
+    def to_json(self) -> str:
+        content = {"cmd_ext_plan": PLAN_VERSION, "n_iter": self.n_iter, "layers": self.layers, "skipped": self.skipped}
+        return json.dumps(content, indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """Reads what to_json wrote.
+
+        Raises:
+            ValueError: not a plan of this version.
+        """
+        try:
+            content = json.loads(text)
+            if content["cmd_ext_plan"] != PLAN_VERSION:
+                raise ValueError(f"Plan: want version {PLAN_VERSION}, got {content['cmd_ext_plan']!r}")
+            layers = {
+                str(name): {
+                    "rank": int(entry["rank"]),
+                    "nnz": int(entry["nnz"]),
+                    "shape": [int(size) for size in entry["shape"]],
+                    "groups": int(entry["groups"]),
+                }
+                for name, entry in content["layers"].items()
+            }
+            return cls(layers, dict(content["skipped"]), int(content["n_iter"]))
+        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"Plan: want the JSON of Plan.to_json, got {text[:40]!r}... ({error!r})") from None
+
+
+@dataclass
+class LayerStats:
+    """One layer before and after: costs of one call on the example inputs."""
+
+    name: str
+    shape: str
+    rank: int | None
+    nnz: int | None
+    params: tuple[int, int]
+    bytes: tuple[int, int]
+    macs: tuple[int, int]
+    ms: tuple[float | None, float | None]
+    note: str
+
+
+@dataclass
+class Stats:
+    """Before and after. `str()` gives the table; pairs are (dense, compressed)."""
+
+    layers: list[LayerStats]
+    skipped: dict[str, str]
+    params: tuple[int, int]
+    bytes: tuple[int, int]
+    macs: tuple[int, int]
+    ms: tuple[float, float]
+    score: tuple[float | None, float | None]
+    batchnorm: tuple[float, float] | None
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+    def __str__(self) -> str:
+        def pair(values: tuple[int, int]) -> str:
+            return f"{report.count(values[0])} > {report.count(values[1])}"
+
+        def times(values: tuple[float | None, float | None]) -> str:
+            return f"{report.milliseconds(values[0])} > {report.milliseconds(values[1])}"
+
+        rows = []
+        for layer in self.layers:
+            sizes = ["-" if v is None else str(v) for v in (layer.rank, layer.nnz)]
+            costs = [pair(layer.params), pair(layer.bytes), pair(layer.macs), times(layer.ms)]
+            rows.append([layer.name, layer.shape, *sizes, *costs])
+        total = ["total", "", "", "", pair(self.params), pair(self.bytes), pair(self.macs), times(self.ms)]
+        gains = [report.ratio(*values) for values in (self.params, self.bytes, self.macs, self.ms)]
+        header = ("layer", "shape", "rank", "nnz", "params", "bytes", "MACs", "ms")
+        lines = [report.table(header, rows, [total, ["smaller / faster by", "", "", "", *gains]])]
+        if self.score[0] is not None:
+            lines.append(f"score: {self.score[0]:.4f} dense, {self.score[1]:.4f} compressed")
+        if self.batchnorm is not None:
+            before, after = self.batchnorm
+            kept = "kept" if after < before else "undone"
+            lines.append(f"batch-norm recalibration {kept}: calibration loss {before:.4f} > {after:.4f}")
+        if self.skipped:
+            lines.append("left dense:")
+            lines += [f"  {name}: {reason}" for name, reason in self.skipped.items()]
+        return "\n".join(lines)
+
+
+@dataclass
+class Result:
+    """compress()'s result: the compressed model, its plan, the before/after statistics and the predicted front.
+
+    `front` lists, for search="allocate", the predicted trade-off as rows {constraint, "share", "loss"}.
+    """
+
+    model: nn.Module
+    plan: Plan
+    stats: Stats
+    front: list[dict]
+
+
+def compress(
+    model: nn.Module,
+    example_inputs: Any,
+    *,
+    constraints: dict[str, str | float],
+    calibration: Iterable | None = None,
+    evaluate: Callable[[nn.Module], float] | None = None,
+    search: str = "allocate",
+    sparse_coefficient: float | None = None,
+    filter_fn: Callable[[str, nn.Module], bool] | None = None,
+    overrides: dict[str, dict | str] | None = None,
+    round_to: int = 1,
+    min_size: int = MIN_SIZE,
+    n_iter: int = 20,
+    seed: int = 0,
+    progress: bool = True,
+) -> Result:
+    """Replaces the layers of a trained network by U V + S under a constraint on the whole network.
+
+    Args:
+        model: any module; never changed. Its nn.Conv2d and nn.Linear layers are candidates.
+        example_inputs: one call's inputs (tensor, tuple of arguments or dict), for MACs and milliseconds.
+        constraints: upper limits, each "x%" of the dense network or a number: "params" (a sparse entry counts as one),
+            "macs" (of one call on example_inputs), "bytes" (as saved, with the index of S). All must hold.
+        calibration: batches of inputs or (inputs, targets): a few hundred samples steer the allocation by the
+            network's own outputs, and batch-norm statistics are recalibrated where that lowers the loss on them.
+        evaluate: score of a model, higher is better; reported before and after.
+        search: "allocate" (per-layer error curves, least predicted loss) or "uniform" (one budget for all layers).
+        sparse_coefficient: of "uniform"; 0.7 if None. "allocate" chooses it per layer.
+        filter_fn: (name, module) -> compress this layer?
+        overrides: name -> {"rank", "density"} or {"rank", "nnz"} or {"budget", "sparse_coefficient"} or "dense".
+        round_to: ranks are multiples of this.
+        min_size: layers with fewer weights stay dense.
+        n_iter: passes of the final fit.
+        seed: of the calibration-free random choices; the result is reproducible.
+        progress: show a bar (with tqdm) or lines.
+
+    Returns:
+        A Result; print(result.stats) shows what happened to every layer and why.
+
+    Raises:
+        UnsatisfiableError: a constraint that cannot be met; its `closest` is the nearest reachable value.
+        ValueError: an unknown constraint, search or layer name, or a value out of range.
+
+    Source: Zhang et al., Machine Learning 2022; allocation by a Lagrangian on measured loss curves.
+    """
+    if search not in SEARCHES:
+        raise ValueError(f"compress: search must be one of {', '.join(SEARCHES)}, got {search!r}")
+    if round_to < 1:
+        raise ValueError(f"compress: round_to must be >= 1, got {round_to}")
+    torch_rng = torch.random.get_rng_state()
+    torch.manual_seed(seed)
+    try:
+        overrides = overrides or {}
+        batches = batches_of(calibration) if calibration is not None else []
+        chosen, skipped = candidates(model, filter_fn, overrides, min_size)
+        compressed = copy.deepcopy(model)
+        dense_profile = profile_together([compressed], example_inputs, repeats=1)[0]
+        limits = _limits(constraints, dense_profile)
+        reference = outputs(compressed, batches)
+        layers, pinned = _layers(compressed, chosen, overrides, dense_profile)
+        choice, trade_off = _search(
+            search, compressed, layers, pinned, batches, reference, limits, dense_profile, sparse_coefficient, round_to, progress
+        )
+        plan = _plan(layers, pinned, choice, skipped, n_iter)
+        compressed = apply_plan(compressed, plan, progress=progress)
+        recalibration = recalibrate_if_better(compressed, batches, reference) if batches else None
+        scores = (evaluate(model), evaluate(compressed)) if evaluate else (None, None)
+        before, after = profile_together([model, compressed], example_inputs)
+        stats = _stats(before, after, plan, scores, recalibration)
+        return Result(compressed, plan, stats, trade_off)
+    finally:
+        torch.random.set_rng_state(torch_rng)
+
+
+def candidates(
+    model: nn.Module,
+    filter_fn: Callable[[str, nn.Module], bool] | None = None,
+    overrides: dict | None = None,
+    min_size: int = MIN_SIZE,
+) -> tuple[list[str], dict[str, str]]:
+    """The names of the layers that may be compressed, and the reason of every other layer with a weight."""
+    overrides = overrides or {}
+    names = {name for name, _ in model.named_modules()}
+    for name in overrides:
+        if name not in names:
+            near = get_close_matches(name, names, 1)
+            raise ValueError(f"compress: overrides names no layer {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+    chosen, skipped, owners = [], {}, _owners(model)
+    for name, module in model.named_modules():
+        reason = _reason(name, module, owners, filter_fn, overrides.get(name), min_size)
+        if reason is None:
+            chosen.append(name)
+        elif reason:
+            skipped[name] = reason
+    return chosen, skipped
+
+
+def _owners(model: nn.Module) -> dict[int, list[str]]:
+    """Every place that holds each parameter."""
+    owners: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                owners.setdefault(id(parameter), []).append(name)
+    return owners
+
+
+def _reason(name, module, owners, filter_fn, override, min_size) -> str | None:
+    """Why a layer stays dense; None if it may be compressed, "" if it is no weight layer at all."""
+    weight = module._parameters.get("weight")
+    if isinstance(module, CMD_LAYERS):
+        return "is compressed already"
+    if isinstance(module, nn.modules.conv._ConvTransposeNd):
+        return "transposed convolution"
+    if isinstance(module, (nn.Conv1d, nn.Conv3d)):
+        return f"{type(module).__name__} has no compressed form"
+    if not isinstance(module, (nn.Conv2d, nn.Linear)):
+        return ""
+    if type(module) not in _LAYER_OF:
+        return f"{type(module).__name__} is a subclass of nn.{type(module).__mro__[1].__name__}; its owner may use the weight itself"
+    if weight is None:
+        return "weight is parametrised"
+    if len(owners[id(weight)]) > 1:
+        other = next((o for o in owners[id(weight)] if o != name), name)
+        return f"shared weight (also {other})"
+    if override == "dense":
+        return "dense by overrides"
+    if override is not None:
+        return None
+    if filter_fn is not None and not filter_fn(name, module):
+        return "excluded by filter_fn"
+    if isinstance(module, nn.Conv2d) and module.groups == module.in_channels and module.groups > 1:
+        return f"depthwise convolution, {weight[0].numel()} weights a channel"
+    if weight.numel() < min_size:
+        return f"too small: {weight.numel()} weights, fewer than min_size = {min_size}"
+    return None
+
+
+def _limits(constraints: dict[str, str | float], dense: Profile) -> dict[str, float]:
+    if not constraints:
+        raise ValueError(f"compress: constraints must name at least one of {', '.join(CONSTRAINTS)}, got none")
+    limits = {}
+    for kind, value in constraints.items():
+        if kind not in CONSTRAINTS:
+            raise ValueError(f"compress: constraint must be one of {', '.join(CONSTRAINTS)}, got {kind!r}")
+        if isinstance(value, str):
+            try:
+                share = float(value.rstrip().removesuffix("%")) / 100
+            except ValueError:
+                share = -1.0
+            if not value.rstrip().endswith("%") or not 0 < share <= 1:
+                raise ValueError(f"compress: {kind} must be '1%' to '100%' or a number, got {value!r}")
+            limits[kind] = share * getattr(dense.total, kind)
+        elif not isinstance(value, (int, float)) or value < 1:
+            raise ValueError(f"compress: {kind} must be a number >= 1 or a share like '25%', got {value!r}")
+        else:
+            limits[kind] = float(value)
+    return limits
+
+
+def _layers(model, chosen, overrides, dense: Profile) -> tuple[list[search.Layer], dict[str, tuple[int, int]]]:
+    """The layers to decide, all of `chosen`, and (rank, nnz) of those that overrides decide."""
+    layers, pinned = [], {}
+    for name in chosen:
+        module = model.get_submodule(name)
+        weight, groups = module.weight, getattr(module, "groups", 1)
+        row = dense[name or type(model).__name__]
+        layers.append(search.Layer(name, weight, len(weight), weight[0].numel(), groups, row.positions))
+        if name in overrides:
+            pinned[name] = _override_sizes(name, overrides[name], layers[-1])
+    return layers, pinned
+
+
+def _override_sizes(name: str, entry: Any, layer: search.Layer) -> tuple[int, int]:
+    known = {"rank", "density", "nnz", "budget", "sparse_coefficient"}
+    if not isinstance(entry, dict) or not entry or entry.keys() - known:
+        raise ValueError(f"compress: overrides[{name!r}] must be 'dense' or a dict of {', '.join(sorted(known))}, got {entry!r}")
+    if "budget" in entry:
+        return split_budget(layer.m, layer.n, entry["budget"], entry.get("sparse_coefficient"), layer.groups)
+    rank, nnz = entry.get("rank", 0), entry.get("nnz", round(entry.get("density", 0) * layer.size))
+    full = min(layer.m // layer.groups, layer.n)
+    if not 0 <= rank <= full or not 0 <= nnz <= layer.size:
+        raise ValueError(
+            f"compress: overrides[{name!r}] wants rank in [0, {full}] and nnz in [0, {layer.size}], got rank {rank}, nnz {nnz}"
+        )
+    return rank, nnz
+
+
+def _search(
+    kind, model, layers, pinned, batches, reference, limits, dense: Profile, coefficient, round_to, progress
+) -> tuple[search.Choice, list[dict]]:
+    """Chooses the candidate of every layer that is not pinned."""
+    free = [layer for layer in layers if layer.name not in pinned]
+    fixed = {c: float(getattr(dense.total, c)) for c in CONSTRAINTS}
+    for layer in layers:
+        costs = layer.costs(*pinned[layer.name]) if layer.name in pinned else dict.fromkeys(CONSTRAINTS, 0.0)
+        for c, whole in layer.costs(None, None).items():
+            fixed[c] += costs[c] - whole
+    if kind == "uniform":
+        return search.uniform(free, coefficient, fixed, limits, round_to), []
+    with _Bar(len(free), "error curves", progress) as bar:
+        curves = search.error_curves(free, round_to=round_to, step=bar.step)
+    search.check_reachable(curves, fixed, limits)
+    if batches:
+        sample, expected = _first_samples(batches, reference)
+        with _Bar(3 * len(free), "sensitivity", progress) as bar:
+            search.measure_losses(
+                free,
+                curves,
+                {layer.name: model.get_submodule(layer.name) for layer in free},
+                lambda: divergence(expected, outputs(model, sample)),
+                bar.step,
+            )
+    trade_off = search.front(curves, fixed, next(iter(limits)))
+    return search.allocate(curves, fixed, limits), trade_off
+
+
+def _first_samples(batches, reference, samples: int = 256):
+    """The leading batches that hold `samples` samples: enough to rank layers."""
+    count = 0
+    for used, output in enumerate(reference, 1):
+        count += len(output)
+        if count >= samples:
+            break
+    return batches[:used], reference[:used]
+
+
+def _plan(layers, pinned, choice, skipped, n_iter) -> Plan:
+    plan = Plan({}, dict(skipped), n_iter)
+    for layer in layers:
+        if layer.name in pinned:
+            rank, nnz = pinned[layer.name]
+        else:
+            rank, nnz = choice[layer.name].rank, choice[layer.name].nnz
+        if rank is None:
+            plan.skipped[layer.name] = f"{layer.m}x{layer.n} would not pay: dense is the better use of the budget"
+        else:
+            plan.layers[layer.name] = {"rank": rank, "nnz": nnz, "shape": [layer.m, layer.n], "groups": layer.groups}
+    return plan
+
+
+def apply_plan(fresh_model: nn.Module, plan: Plan, *, progress: bool = False) -> nn.Module:
+    """Decomposes the layers of a trained network as a plan says, in place.
+
+    Returns:
+        fresh_model (or its replacement, where the model itself is one layer). The same weights and plan give the same
+        result.
+
+    Raises:
+        ValueError: the plan names a layer that is missing or has another shape; the model is then unchanged.
+    """
+    modules = dict(fresh_model.named_modules())
+    for name, entry in plan.layers.items():
+        module = modules.get(name)
+        got = f"no {name!r}" if module is None else f"{type(module).__name__} {name!r}"
+        if type(module) in _LAYER_OF:
+            shape, groups = [len(module.weight), module.weight[0].numel()], getattr(module, "groups", 1)
+            if (shape, groups) == (entry["shape"], entry["groups"]):
+                continue
+            got += f" {shape} with {groups} groups"
+        wanted = f"a convolution or linear layer {name!r} {entry['shape']} with {entry['groups']} groups"
+        raise ValueError(f"apply_plan: the plan wants {wanted}, got {got}")
+    with _Bar(len(plan.layers), "decompose", progress) as bar:
+        for name, entry in plan.layers.items():
+            dense = modules[name]
+            fit = decompose(dense.weight, rank=entry["rank"], nnz=entry["nnz"], n_iter=plan.n_iter, groups=entry["groups"])
+            fresh_model = replace(fresh_model, name, _LAYER_OF[type(dense)]._from_fit(dense, fit))
+            bar.step()
+    return fresh_model
+
+
+def to_dense(model: nn.Module) -> nn.Module:
+    """A copy of the model with plain nn.Conv2d and nn.Linear layers in place of the compressed ones."""
+    dense = copy.deepcopy(model)
+    for name, module in list(dense.named_modules()):
+        if isinstance(module, CMD_LAYERS):
+            dense = replace(dense, name, module.to_dense())
+    return dense
+
+
+def _stats(before: Profile, after: Profile, plan: Plan, scores, recalibration) -> Stats:
+    rows = []
+    for old, new in zip(before, after, strict=True):
+        if old.macs == 0 and old.name not in plan.skipped:
+            continue  # normalisations and the like: in the totals only
+        pairs = {kind: (getattr(old, kind), getattr(new, kind)) for kind in ("params", "bytes", "macs", "ms")}
+        note = plan.skipped.get(old.name, "")
+        rows.append(LayerStats(old.name, old.shape, new.rank, new.nnz, *pairs.values(), note))
+    totals = [(getattr(before.total, kind), getattr(after.total, kind)) for kind in ("params", "bytes", "macs", "ms")]
+    return Stats(rows, plan.skipped, *totals, tuple(scores), recalibration)
+
+
+class _Bar:
+    """A tqdm bar where tqdm is installed and wanted, else nothing."""
+
+    def __init__(self, total: int, label: str, show: bool) -> None:
+        self._bar = None
+        if show:
+            try:
+                from tqdm import tqdm
+            except ImportError:
+                return
+            self._bar = tqdm(total=total, desc=label, leave=False)
+
+    def step(self) -> None:
+        if self._bar is not None:
+            self._bar.update()
+
+    def __enter__(self) -> _Bar:
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self._bar is not None:
+            self._bar.close()

@@ -1,0 +1,227 @@
+"""What a network costs: parameters, bytes as stored, multiply-accumulates and measured milliseconds, layer by layer."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import asdict, dataclass, field
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import report
+from .calibrate import call, device_of, to_device
+from .modules import CMDConv2d, CMDLinear
+
+CMD_LAYERS = (CMDConv2d, CMDLinear)
+
+
+def index_dtype(columns: int) -> torch.dtype:
+    """Type of col_idx in a file: 16 bits where they reach every column."""
+    return torch.uint16 if columns <= 1 << 16 else torch.int32
+
+
+def kept_parameters(m: int, n: int, groups: int, rank: int, nnz: int) -> int:
+    """rank * (m + groups * n) + nnz; a sparse entry counts as one."""
+    return rank * (m + groups * n) + nnz
+
+
+def kept_bytes(m: int, n: int, groups: int, rank: int, nnz: int, element: int) -> int:
+    """Bytes of U, V and S in a file, with the index of S."""
+    index = nnz * index_dtype(n).itemsize + 4 * (m + 1)
+    return kept_parameters(m, n, groups, rank, nnz) * element + index
+
+
+def layer_bytes(module: nn.Module) -> int:
+    """Bytes of a module's own parameters and saved buffers as `save` writes them."""
+    own = {**module._parameters, **{k: b for k, b in module._buffers.items() if k not in module._non_persistent_buffers_set}}
+    total = sum(t.numel() * t.element_size() for t in own.values() if t is not None)
+    if isinstance(module, CMD_LAYERS):
+        total -= module.nnz * (4 - index_dtype(module.matrix_shape[1]).itemsize)
+    return total
+
+
+def _macs(module: nn.Module, x: Tensor, y: Tensor) -> int:
+    if isinstance(module, CMD_LAYERS):
+        m, n = module.matrix_shape
+        return y.numel() // max(m, 1) * kept_parameters(m, n, module.groups, module.rank, module.nnz)
+    if isinstance(module, nn.modules.conv._ConvTransposeNd):
+        return x.numel() * module.weight[0].numel()
+    if isinstance(module, (nn.modules.conv._ConvNd, nn.Linear)):
+        return y.numel() * module.weight[0].numel()
+    return 0
+
+
+def _shape(module: nn.Module) -> str:
+    if isinstance(module, CMD_LAYERS):
+        return "x".join(map(str, module.matrix_shape))
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor):
+        return "-"
+    return f"{weight.shape[0]}x{weight[0].numel()}" if weight.dim() > 1 else str(len(weight))
+
+
+@dataclass
+class LayerCost:
+    """One layer: kind, matrix shape, rank and nnz (None if dense), own parameters, bytes, MACs and ms of one call."""
+
+    name: str
+    kind: str
+    shape: str
+    rank: int | None
+    nnz: int | None
+    params: int
+    bytes: int
+    macs: int
+    ms: float | None
+    positions: int = field(default=0, repr=False)  # multiply-accumulates per weight
+
+
+@dataclass
+class Profile:
+    """Costs of every layer that holds parameters, and of the whole network for one call on the example inputs.
+
+    `ms` of a layer is the median over calls of its own time; `total.ms` is the whole forward pass.
+    """
+
+    rows: list[LayerCost]
+    total: LayerCost
+
+    def __iter__(self):
+        return iter(self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, name: str) -> LayerCost:
+        return next(row for row in self.rows if row.name == name)
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+    def __str__(self) -> str:
+        def cells(row: LayerCost) -> list[str]:
+            sizes = ["-" if v is None else str(v) for v in (row.rank, row.nnz)]
+            costs = [report.count(v) for v in (row.params, row.bytes, row.macs)]
+            return [row.name, row.kind, row.shape, *sizes, *costs, report.milliseconds(row.ms)]
+
+        header = ("layer", "kind", "shape", "rank", "nnz", "params", "bytes", "MACs", "ms")
+        return report.table(header, [cells(row) for row in self.rows], [cells(self.total)])
+
+
+def profile(model: nn.Module, example_inputs: Any, *, repeats: int = 5) -> Profile:
+    """Measures a network, dense or compressed, in eval mode.
+
+    Args:
+        model: any module; unchanged.
+        example_inputs: one call's inputs: a tensor, a tuple of arguments or a dict of keyword arguments.
+        repeats: timed calls after a warm-up; medians are reported.
+
+    Returns:
+        A Profile; printing it gives the table.
+    """
+    return profile_together([model], example_inputs, repeats=repeats)[0]
+
+
+def profile_together(models: list[nn.Module], example_inputs: Any, *, repeats: int = 5) -> list[Profile]:
+    """`profile` of several models with their calls interleaved, so that the machine's drift hits all alike."""
+    probes = [_Probe(model, to_device(example_inputs, device_of(model))) for model in models]
+    try:
+        for _ in range(repeats + 1):
+            for probe in probes:
+                probe.run()
+    finally:
+        for probe in probes:
+            probe.remove()
+    return [probe.profile() for probe in probes]
+
+
+class _Probe:
+    """Forward hooks that time every layer with parameters of its own."""
+
+    def __init__(self, model: nn.Module, inputs: Any) -> None:
+        self.model, self.inputs = model, inputs
+        self.device = device_of(model)
+        self.times: list[dict[nn.Module, float]] = []
+        self.total: list[float] = []
+        self.macs: dict[nn.Module, int] = {}
+        self.started: dict[nn.Module, float] = {}
+        self.layers = {m: name for name, m in model.named_modules() if any(p is not None for p in m._parameters.values())}
+        self.handles = []
+        for module in self.layers:
+            self.handles.append(module.register_forward_pre_hook(self._before))
+            self.handles.append(module.register_forward_hook(self._after))
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    def _before(self, module: nn.Module, _inputs) -> None:
+        self.started[module] = self._now()
+
+    def _after(self, module: nn.Module, inputs, output) -> None:
+        times = self.times[-1]
+        times[module] = times.get(module, 0.0) + self._now() - self.started[module]
+        if inputs and isinstance(inputs[0], Tensor) and isinstance(output, Tensor):
+            self.macs[module] = self.macs.get(module, 0) + _macs(module, inputs[0], output)
+
+    def run(self) -> None:
+        training = [m for m in self.model.modules() if m.training]
+        self.model.eval()
+        self.times.append({})
+        self.macs.clear()
+        with torch.no_grad():
+            start = self._now()
+            call(self.model, self.inputs)
+            self.total.append(self._now() - start)
+        for module in training:
+            module.training = True
+
+    def remove(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+    def profile(self) -> Profile:
+        rows = []
+        for module, name in self.layers.items():
+            runs = [times[module] for times in self.times[1:] if module in times]
+            params = sum(p.numel() for p in module._parameters.values() if p is not None)
+            weights = math.prod(module.weight.shape) if type(module) in (nn.Linear, nn.Conv2d) else 0
+            compressed = isinstance(module, CMD_LAYERS)
+            macs = self.macs.get(module, 0)
+            rows.append(
+                LayerCost(
+                    name or type(module).__name__,
+                    type(module).__name__,
+                    _shape(module),
+                    module.rank if compressed else None,
+                    module.nnz if compressed else None,
+                    params,
+                    layer_bytes(module),
+                    macs,
+                    1e3 * median(runs) if runs else None,
+                    macs // weights if weights else 0,
+                )
+            )
+        total = LayerCost(
+            "total",
+            "",
+            "",
+            None,
+            None,
+            sum(p.numel() for p in self.model.parameters()),
+            stored_bytes(self.model),
+            sum(row.macs for row in rows),
+            1e3 * median(self.total[1:]),
+        )
+        return Profile(rows, total)
+
+
+def stored_bytes(model: nn.Module) -> int:
+    """Bytes of all parameters and saved buffers as `save` writes them, shared tensors once."""
+    sharing = sum(p.numel() * p.element_size() for p in model.parameters())
+    separate = sum(p.numel() * p.element_size() for m in model.modules() for p in m._parameters.values() if p is not None)
+    return sum(layer_bytes(module) for module in model.modules()) - (separate - sharing)

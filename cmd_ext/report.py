@@ -1,0 +1,38 @@
+"""Plain-text tables."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], footer: Sequence[Sequence[str]] = ()) -> str:
+    """Columns as wide as they must be; the first to the left, the others to the right; rules around the body."""
+    lines = [list(header), *map(list, rows), *map(list, footer)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+
+    def text(line: Sequence[str]) -> str:
+        return "  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))])
+
+    rule = "-" * (sum(widths) + 2 * (len(widths) - 1))
+    parts = [text(header), rule, *map(text, rows)]
+    return "\n".join([*parts, rule, *map(text, footer)] if footer else parts)
+
+
+def count(value: float) -> str:
+    """1234567 -> 1.23 M."""
+    for unit, scale in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if abs(value) >= scale:
+            return f"{value / scale:.3g} {unit}" if value < 999 * scale else f"{value / scale:.0f} {unit}"
+    return f"{value:.0f}"
+
+
+def milliseconds(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}" if value < 10 else f"{value:.1f}"
+
+
+def share(part: float, whole: float) -> str:
+    return f"{100 * part / whole:.1f} %" if whole else "-"
+
+
+def ratio(before: float, after: float) -> str:
+    return f"{before / after:.2f}x" if after else "-"

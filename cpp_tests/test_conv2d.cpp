@@ -1,0 +1,214 @@
+// The sparse convolution and its two gradients against seven nested loops, in several memory layouts.
+#include <array>
+
+#include "testing.h"
+
+namespace {
+
+using cmd_ext::cpu::ConvShape;
+using cmd_ext::cpu::Csr;
+using cmd_ext::cpu::Image;
+using testing::RandomCsr;
+using testing::Sum;
+
+// Strides of [batch, channels, height, width] in elements; `spaced` leaves gaps between pixels and between rows.
+enum class Layout { contiguous, channels_last, spaced };
+
+struct Strided {
+  int64_t batch, channels, height, width;
+  std::array<int64_t, 4> stride;
+
+  Strided(Layout layout, int64_t batch, int64_t channels, int64_t height, int64_t width)
+      : batch(batch), channels(channels), height(height), width(width) {
+    if (layout == Layout::contiguous) stride = {channels * height * width, height * width, width, 1};
+    if (layout == Layout::channels_last) stride = {channels * height * width, 1, width * channels, channels};
+    if (layout == Layout::spaced) {
+      const int64_t row = 2 * width + 1;
+      stride = {height * row, batch * height * row, row, 2};
+    }
+  }
+  int64_t at(int64_t b, int64_t c, int64_t h, int64_t w) const {
+    return b * stride[0] + c * stride[1] + h * stride[2] + w * stride[3];
+  }
+  int64_t size() const {
+    return batch * channels * height * width == 0 ? 0 : at(batch - 1, channels - 1, height - 1, width - 1) + 1;
+  }
+  template <class T>
+  Image<T> image(T* data) const {
+    return {data, channels, height, width, stride[0], stride[1], stride[2], stride[3]};
+  }
+};
+
+struct Case {
+  int64_t batch, channels, height, width, out_channels;
+  std::array<int64_t, 2> kernel, stride, pad, dilation;
+  int64_t groups;
+  double density;
+
+  int64_t group_channels() const { return channels / groups; }
+  int64_t columns() const { return group_channels() * kernel[0] * kernel[1]; }
+  int64_t out(int axis) const {
+    const int64_t size = axis == 0 ? height : width;
+    return (size + 2 * pad[axis] - dilation[axis] * (kernel[axis] - 1) - 1) / stride[axis] + 1;
+  }
+  ConvShape shape() const {
+    return {batch, groups, kernel[0], kernel[1], stride[0], stride[1], pad[0], pad[1], dilation[0], dilation[1]};
+  }
+};
+
+std::ostream& operator<<(std::ostream& out, const Case& c) {
+  out << "x [" << c.batch << ", " << c.channels << ", " << c.height << ", " << c.width << "] m " << c.out_channels;
+  const std::pair<const char*, const std::array<int64_t, 2>&> pairs[] = {
+      {" kernel ", c.kernel}, {" stride ", c.stride}, {" pad ", c.pad}, {" dilation ", c.dilation}};
+  for (const auto& [name, pair] : pairs) out << name << pair[0] << ',' << pair[1];
+  return out << " groups " << c.groups << " density " << c.density;
+}
+
+// Calls visit(nonzero, b, out_channel, out_h, out_w, in_channel, h, w) for every product of the convolution.
+template <class T, class Visit>
+void for_each_product(const Case& c, const RandomCsr<T>& s, const Visit& visit) {
+  const int64_t taps = c.kernel[0] * c.kernel[1], group_rows = c.out_channels / c.groups;
+  for (int64_t i = 0; i < s.rows; ++i)
+    for (int64_t k = s.row_ptr[i]; k < s.row_ptr[i + 1]; ++k) {
+      const int64_t channel = i / group_rows * c.group_channels() + s.col_idx[k] / taps, tap = s.col_idx[k] % taps;
+      for (int64_t b = 0; b < c.batch; ++b)
+        for (int64_t oh = 0; oh < c.out(0); ++oh)
+          for (int64_t ow = 0; ow < c.out(1); ++ow) {
+            const int64_t h = oh * c.stride[0] + tap / c.kernel[1] * c.dilation[0] - c.pad[0];
+            const int64_t w = ow * c.stride[1] + tap % c.kernel[1] * c.dilation[1] - c.pad[1];
+            if (h >= 0 && h < c.height && w >= 0 && w < c.width) visit(k, b, i, oh, ow, channel, h, w);
+          }
+    }
+}
+
+// S^T over [groups * columns] rows, as the gradient for x takes it.
+template <class T>
+struct Transposed {
+  std::vector<int32_t> row_ptr, col_idx;
+  std::vector<T> values;
+  int64_t rows, cols;
+
+  Transposed(const RandomCsr<T>& s, int64_t groups) : rows(groups * s.cols), cols(s.rows) {
+    std::vector<std::vector<std::pair<int32_t, T>>> lists(rows);
+    for (int64_t i = 0; i < s.rows; ++i)
+      for (int64_t k = s.row_ptr[i]; k < s.row_ptr[i + 1]; ++k)
+        lists[i * groups / s.rows * s.cols + s.col_idx[k]].emplace_back(int32_t(i), s.values[k]);
+    row_ptr.assign(rows + 1, 0);
+    for (int64_t r = 0; r < rows; ++r) {
+      for (const auto& [row, value] : lists[r]) col_idx.push_back(row), values.push_back(value);
+      row_ptr[r + 1] = int32_t(col_idx.size());
+    }
+    col_idx.shrink_to_fit();
+    values.shrink_to_fit();
+  }
+  Csr<T> csr() const { return {rows, cols, values.data(), row_ptr.data(), col_idx.data()}; }
+};
+
+// Runs one kernel under every split; `out` starts as `before` and must end as `want`.
+template <class T, class Run>
+void check_kernel(const char* kernel, const Case& c, Layout layout, const std::vector<T>& before,
+                  const std::vector<Sum>& want, const Run& run) {
+  std::vector<T> first;
+  for (const auto& [split, parallel_for] : testing::splits()) {
+    std::vector<T> out = before;
+    run(out.data(), parallel_for);
+    if (first.empty()) first = out;
+    CHECK(testing::close(out, want) && testing::same_bits(out, first), kernel, "float", 8 * sizeof(T), c, "layout",
+          int(layout), split);
+  }
+}
+
+template <class T>
+std::vector<Sum> sums_from(const std::vector<T>& before) {
+  std::vector<Sum> sums(before.size());
+  for (size_t i = 0; i < before.size(); ++i) sums[i].add(before[i]);
+  return sums;
+}
+
+template <class T>
+void check_case(const Case& c, Layout layout) {
+  const RandomCsr<T> s(c.out_channels, c.columns(), c.density);
+  const Transposed<T> st(s, c.groups);
+  const Strided in(layout, c.batch, c.channels, c.height, c.width);
+  const Strided out(layout, c.batch, c.out_channels, c.out(0), c.out(1));
+  const auto x = testing::random_vector<T>(in.size()), dy = testing::random_vector<T>(out.size());
+
+  // The gaps of a spaced layout are compared too: they must keep their values.
+  auto want_y = sums_from(dy), want_dx = sums_from(x);
+  std::vector<Sum> want_dvalues(s.nnz());
+  for_each_product(c, s, [&](int64_t k, int64_t b, int64_t i, int64_t oh, int64_t ow, int64_t j, int64_t h, int64_t w) {
+    const long double value = s.values[k], input = x[in.at(b, j, h, w)], grad = dy[out.at(b, i, oh, ow)];
+    want_y[out.at(b, i, oh, ow)].add(value * input);
+    want_dx[in.at(b, j, h, w)].add(value * grad);
+    want_dvalues[k].add(grad * input);
+  });
+
+  const Image<const T> x_image = in.image(x.data()), dy_image = out.image(dy.data());
+  check_kernel<T>("sparse_conv2d", c, layout, dy, want_y, [&](T* y, const auto& parallel_for) {
+    cmd_ext::cpu::sparse_conv2d(x_image, s.csr(), out.image(y), c.shape(), parallel_for);
+  });
+  check_kernel<T>("sparse_conv2d_grad_input", c, layout, x, want_dx, [&](T* dx, const auto& parallel_for) {
+    cmd_ext::cpu::sparse_conv2d_grad_input(dy_image, st.csr(), in.image(dx), c.shape(), parallel_for);
+  });
+  check_kernel<T>("sparse_conv2d_grad_values", c, layout, testing::poison<T>(s.nnz()), want_dvalues,
+                  [&](T* dvalues, const auto& parallel_for) {
+                    cmd_ext::cpu::sparse_conv2d_grad_values(x_image, dy_image, s.csr(), dvalues, c.shape(),
+                                                            parallel_for);
+                  });
+}
+
+const Case kCases[] = {
+    // batch, channels, height, width, m, kernel, stride, pad, dilation, groups, density
+    {2, 6, 1, 1, 5, {1, 1}, {1, 1}, {0, 0}, {1, 1}, 1, 0.5},     // a linear layer
+    {1, 1, 1, 1, 1, {3, 3}, {1, 1}, {1, 1}, {1, 1}, 1, 1},       // one pixel, one channel
+    {33, 8, 4, 4, 20, {3, 3}, {1, 1}, {1, 1}, {1, 1}, 1, 0.3},   // many small images in a step
+    {3, 8, 7, 7, 17, {3, 3}, {1, 1}, {1, 1}, {1, 1}, 1, 0.2},    // two row blocks
+    {2, 4, 13, 11, 6, {1, 1}, {1, 1}, {0, 0}, {1, 1}, 1, 1},     // pointwise
+    {2, 4, 9, 12, 6, {1, 1}, {2, 3}, {0, 0}, {1, 1}, 1, 1},      // stride > kernel, some pixels unread
+    {2, 4, 12, 9, 6, {2, 2}, {3, 4}, {1, 2}, {1, 1}, 2, 0.7},    // the same with padding and groups
+    {2, 6, 57, 33, 6, {3, 2}, {2, 1}, {1, 0}, {2, 1}, 2, 0.4},   // asymmetric everything
+    {1, 6, 15, 14, 12, {5, 5}, {1, 2}, {2, 2}, {1, 1}, 6, 0.5},  // depthwise
+    {2, 3, 5, 17, 4, {1, 7}, {1, 1}, {0, 3}, {1, 1}, 1, 0.5},    // row kernel
+    {2, 3, 17, 5, 4, {7, 1}, {2, 1}, {3, 0}, {1, 1}, 1, 0.5},    // column kernel
+    {2, 3, 2, 2, 4, {5, 5}, {1, 1}, {2, 2}, {1, 1}, 1, 0.5},     // kernel larger than the image
+    {2, 3, 6, 7, 4, {3, 3}, {2, 2}, {4, 5}, {3, 2}, 1, 0.5},     // padding beyond the kernel's reach
+    {2, 3, 8, 9, 4, {3, 3}, {3, 2}, {1, 1}, {2, 3}, 1, 0.5},     // stride and dilation without a common factor
+    {0, 4, 6, 6, 4, {3, 3}, {1, 1}, {1, 1}, {1, 1}, 1, 0.5},     // no images
+    {2, 4, 6, 6, 4, {3, 3}, {1, 1}, {1, 1}, {1, 1}, 1, 0},       // no nonzeros
+    // More than a step's 1 MB of packed planes: a last step with fewer images, strips of rows, the smallest strip.
+    {20, 64, 14, 14, 5, {3, 3}, {1, 1}, {1, 1}, {1, 1}, 1, 0.02},
+    {2, 64, 81, 80, 5, {3, 3}, {1, 1}, {1, 1}, {1, 1}, 1, 0.02},
+    {1, 64, 83, 90, 4, {3, 3}, {2, 2}, {1, 0}, {2, 1}, 2, 0.03},
+    {1, 400, 11, 170, 3, {5, 1}, {1, 1}, {2, 0}, {1, 1}, 1, 0.01},
+};
+
+// Small random geometries: any kernel, stride, padding and dilation whose kernel fits into the padded image.
+Case random_case() {
+  const auto draw = [](int64_t low, int64_t high) { return low + int64_t(testing::engine()() % (high - low + 1)); };
+  const int64_t groups = draw(1, 3);
+  Case c{draw(1, 9), groups * draw(1, 3), draw(1, 12), draw(1, 12), groups * draw(1, 3), {}, {}, {}, {}, groups, 0.5};
+  for (int axis = 0; axis < 2; ++axis) {
+    c.kernel[axis] = draw(1, 4);
+    c.stride[axis] = draw(1, 4);
+    c.dilation[axis] = draw(1, 3);
+    const int64_t missing = c.dilation[axis] * (c.kernel[axis] - 1) + 1 - (axis == 0 ? c.height : c.width);
+    c.pad[axis] = std::max<int64_t>(draw(0, 3), (missing + 1) / 2);
+  }
+  return c;
+}
+
+template <class T>
+void check_all() {
+  for (Layout layout : {Layout::contiguous, Layout::channels_last, Layout::spaced}) {
+    for (const Case& c : kCases) check_case<T>(c, layout);
+    for (int i = 0; i < 100; ++i) check_case<T>(random_case(), layout);
+  }
+}
+
+}  // namespace
+
+int main() {
+  check_all<float>();
+  check_all<double>();
+  return testing::finish();
+}

@@ -1,0 +1,88 @@
+// topk_csr against a stable sort: exactly the same entries, bit for bit, also among ties, NaN, infinities and zeros.
+#include <numeric>
+
+#include "testing.h"
+
+namespace {
+
+using cmd_ext::cpu::topk_csr;
+
+template <class T>
+using Limits = std::numeric_limits<T>;
+
+template <class T>
+struct Input {
+  const char* name;
+  T (*entry)(int64_t index);
+};
+
+template <class T>
+std::vector<Input<T>> inputs() {
+  return {
+      {"random", [](int64_t) { return T(testing::uniform()); }},
+      {"few distinct values", [](int64_t) { return T(std::round(testing::uniform() * 3)); }},
+      {"all equal", [](int64_t) { return T(-2.5); }},
+      {"zeros of both signs", [](int64_t i) { return i % 3 ? T(0) : T(-0.0); }},
+      {"one last bit apart", [](int64_t i) { return T(1) + T(i * 37 % 64) * Limits<T>::epsilon(); }},
+      {"subnormal", [](int64_t i) { return T(i * 29 % 101) * Limits<T>::denorm_min() * (i % 2 ? 1 : -1); }},
+      {"whole range of exponents",
+       [](int64_t i) { return std::ldexp(T(i % 2 ? 1 : -1), int(i * 7 % 200) - 100) * T(1 + i % 3); }},
+      {"infinities and NaN",
+       [](int64_t i) {
+         if (i % 5 == 3) return i % 2 ? Limits<T>::infinity() : -Limits<T>::infinity();
+         if (i % 7 == 6) return i % 2 ? Limits<T>::signaling_NaN() : -Limits<T>::quiet_NaN();
+         return i % 11 ? T(testing::uniform()) : Limits<T>::max();
+       }},
+  };
+}
+
+template <class T>
+void check_case(const Input<T>& input, int64_t m, int64_t n, int64_t nnz) {
+  std::vector<T> a(m * n);
+  for (int64_t i = 0; i < m * n; ++i) a[i] = input.entry(i);
+
+  std::vector<int64_t> order(m * n);
+  std::iota(order.begin(), order.end(), 0);
+  std::stable_sort(order.begin(), order.end(), [&](int64_t i, int64_t j) {
+    const bool nan_i = std::isnan(a[i]), nan_j = std::isnan(a[j]);
+    return nan_i != nan_j ? nan_i : std::abs(a[i]) > std::abs(a[j]);
+  });
+  std::sort(order.begin(), order.begin() + nnz);
+  std::vector<T> want_values(nnz);
+  std::vector<int32_t> want_row_ptr(m + 1), want_col_idx(nnz);
+  for (int64_t k = 0; k < nnz; ++k) {
+    want_values[k] = a[order[k]];
+    want_col_idx[k] = int32_t(order[k] % n);
+    ++want_row_ptr[order[k] / n + 1];
+  }
+  std::partial_sum(want_row_ptr.begin(), want_row_ptr.end(), want_row_ptr.begin());
+
+  for (const auto& [split, parallel_for] : testing::splits()) {
+    auto values = testing::poison<T>(nnz);
+    std::vector<int32_t> row_ptr(m + 1, -1), col_idx(nnz, -1);
+    topk_csr(a.data(), m, n, nnz, values.data(), row_ptr.data(), col_idx.data(), parallel_for);
+    CHECK(testing::same_bits(values, want_values) && row_ptr == want_row_ptr && col_idx == want_col_idx, input.name,
+          "float", 8 * sizeof(T), m, 'x', n, "nnz", nnz, split);
+  }
+}
+
+template <class T>
+void check_all() {
+  for (const Input<T>& input : inputs<T>())
+    for (auto [m, n] : {std::pair{1, 1}, {1, 50}, {50, 1}, {7, 96}, {33, 31}})
+      for (int64_t nnz : {0, 1, m * n / 3, m * n - 1, m * n}) check_case(input, m, n, nnz);
+  const Input<T> random = inputs<T>()[0], ties = inputs<T>()[1];
+  check_case(random, 0, 5, 0);
+  check_case(random, 5, 0, 0);
+  // More than one chunk of the histogram, and more chunks than partial histograms.
+  check_case(random, 300, 301, 1000);
+  check_case(ties, 1200, 1001, 400000);
+}
+
+}  // namespace
+
+int main() {
+  check_all<float>();
+  check_all<double>();
+  return testing::finish();
+}

@@ -1,0 +1,26 @@
+"""What every test gets: a fixed seed, warnings as errors and, where it exists, the folder of real data."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """The folder CMD_EXT_DATA: cifar10.tar and pretrained/*.safetensors."""
+    name = os.environ.get("CMD_EXT_DATA")
+    if not name:
+        pytest.skip("CMD_EXT_DATA is not set (a folder with cifar10.tar and pretrained/*.safetensors)")
+    folder = Path(name)
+    if not (folder / "cifar10.tar").is_file() or not any(folder.glob("pretrained/*.safetensors")):
+        pytest.skip(f"CMD_EXT_DATA = {name} lacks cifar10.tar or pretrained/*.safetensors")
+    return folder

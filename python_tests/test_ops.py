@@ -1,0 +1,830 @@
+"""Every operator: values and gradients against cmd_ext.ref, dtypes, layouts, tracing, determinism, memory, messages."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd import gradcheck, gradgradcheck
+
+from cmd_ext import _C, ops, ref
+from cmd_ext.ops import Pattern
+
+F32, F64, HALVES = torch.float32, torch.float64, (torch.bfloat16, torch.float16)
+DTYPES = (F64, F32, *HALVES)
+RAW = torch.ops.cmd_ext
+LAST = torch.channels_last
+
+
+def random(*size: int, dtype: torch.dtype = F64) -> Tensor:
+    return torch.randn(size, dtype=F64).to(dtype)
+
+
+def layer(m: int, n: int, rank: int, nnz: int, groups: int = 1, dtype: torch.dtype = F64):
+    """u, v, values and pattern of a random layer."""
+    values, row_ptr, col_idx = ref.topk_csr(random(m, n), nnz)
+    pattern = Pattern.from_csr(row_ptr, col_idx, n, groups)
+    return random(m, rank, dtype=dtype), random(groups * rank, n, dtype=dtype), values.to(dtype), pattern
+
+
+def is_float(value) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def apply(change, args) -> list:
+    """The arguments with `change` applied to the floating tensors."""
+    return [change(a) if is_float(a) else a for a in args]
+
+
+def accumulator_eps(dtype: torch.dtype) -> float:
+    return torch.finfo(F64 if dtype == F64 else F32).eps
+
+
+def check_value(name: str, *args, terms: int) -> Tensor:
+    """The op is within one rounding to its dtype, and `terms` roundings of its accumulator, of the exact result.
+
+    The second part is relative to the sum of the magnitudes; an accumulator of 16 bits would exceed it many times.
+    """
+    got, reference = getattr(ops, name)(*args), getattr(ref, name)
+    want = reference(*apply(Tensor.double, args))
+    magnitude = reference(*apply(lambda a: a.double().abs(), args))
+    info = torch.finfo(got.dtype)
+    bound = 0.51 * info.eps * want.abs() + 2 * terms * accumulator_eps(got.dtype) * magnitude + info.tiny * info.eps
+    assert got.shape == want.shape
+    assert got.dtype == args[0].dtype
+    excess = (got.double() - want).abs() - bound
+    assert not (excess > 0).any(), f"{name}: error exceeds the bound by {excess.max().item()}"
+    return got
+
+
+def gradients(function, args, change=Tensor.clone) -> list[Tensor]:
+    """Gradients for all floating arguments after `change`, for a fixed gradient of the output."""
+    leaves = apply(lambda a: change(a).detach().requires_grad_(), args)
+    y = function(*leaves)
+    grad = torch.randn(y.shape, dtype=F64, generator=torch.Generator().manual_seed(1)).to(args[0].dtype)
+    return torch.autograd.grad(y, [a for a in leaves if is_float(a)], change(grad))
+
+
+def check_gradients(name: str, *args, terms: int) -> None:
+    """Gradients within a few roundings of the exact ones, relative to the root of the sum of the squared products.
+
+    A gradient for a factor rounds its inner product too, so that one rounding of the result is no bound.
+    """
+    got = gradients(getattr(ops, name), args)
+    want = gradients(getattr(ref, name), args, Tensor.double)
+    spread = gradients(getattr(ref, name), args, lambda a: a.double().square())
+    for a, b, c in zip(got, want, spread, strict=True):
+        info = torch.finfo(a.dtype)
+        bound = (4 * info.eps + terms * accumulator_eps(a.dtype)) * c.sqrt() + info.tiny * info.eps
+        assert ((a.double() - b).abs() <= bound).all(), f"{name}: a gradient of {[*a.shape]}"
+
+
+def assert_all_close(got, want, **tolerance) -> None:
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, **tolerance)
+
+
+# Shapes: (batch sizes of x, m, n, rank, nnz). The batch selects the kernel's tile.
+LINEAR = [
+    ((), 7, 96, 3, 40),
+    ((1,), 37, 53, 5, 300),
+    ((3,), 37, 53, 5, 300),
+    ((7,), 37, 53, 5, 300),
+    ((9,), 37, 53, 5, 300),
+    ((20,), 37, 53, 5, 300),
+    ((40,), 37, 53, 5, 300),
+    ((100,), 37, 53, 5, 300),
+    ((2, 3), 7, 96, 4, 100),
+    ((0,), 7, 96, 4, 100),
+    ((0,), 7, 96, 0, 0),
+    ((2, 0), 7, 96, 4, 0),
+    ((4,), 7, 96, 4, 0),
+    ((4,), 7, 96, 0, 100),
+    ((4,), 7, 96, 0, 0),
+    ((4,), 7, 40, 7, 280),
+    ((5,), 1, 40, 1, 10),
+    ((5,), 40, 1, 1, 10),
+    ((33,), 520, 610, 6, 9000),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", LINEAR, ids=str)
+def test_lrs_linear_value(case, dtype):
+    batch, m, n, rank, nnz = case
+    weights, x, bias = layer(m, n, rank, nnz, dtype=dtype), random(*batch, n, dtype=dtype), random(m, dtype=dtype)
+    assert check_value("lrs_linear", x, *weights, terms=n + rank).is_contiguous()
+    check_value("lrs_linear", x, *weights, bias, terms=n + rank + 1)
+    check_gradients("lrs_linear", x, *weights, bias, terms=m + n + x[..., 0].numel())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("m", "n", "k", "nnz"), [(7, 96, 40, 50), (1, 9, 3, 4), (9, 1, 33, 4), (5, 6, 0, 7), (5, 6, 8, 0)]
+)
+def test_sddmm_value(m, n, k, nnz, dtype):
+    *_, pattern = layer(m, n, 0, nnz)
+    args = random(m, k, dtype=dtype), random(n, k, dtype=dtype), *pattern[:2]
+    check_value("sddmm", *args, terms=k)
+    check_gradients("sddmm", *args, terms=m + n)
+
+
+# (x sizes, m, kernel, stride, padding, dilation, groups, rank, density)
+CONV = {
+    "one pixel": ((2, 6, 1, 1), 5, (1, 1), (1, 1), (0, 0), (1, 1), 1, 2, 0.3),
+    "4x4 maps": ((33, 8, 4, 4), 20, (3, 3), (1, 1), (1, 1), (1, 1), 1, 3, 0.2),
+    "7x7 maps": ((3, 8, 7, 7), 17, (3, 3), (1, 1), (1, 1), (1, 1), 1, 3, 0.2),
+    "57x33 maps, all asymmetric": ((2, 6, 57, 33), 6, (3, 2), (2, 1), (1, 0), (2, 1), 2, 2, 0.3),
+    "strips": ((1, 64, 80, 80), 4, (3, 3), (1, 1), (1, 1), (1, 1), 1, 2, 0.05),
+    "strips, stride 2": ((2, 64, 83, 90), 4, (3, 3), (2, 2), (1, 1), (1, 1), 2, 2, 0.05),
+    "stride > kernel": ((2, 4, 12, 9), 6, (2, 1), (3, 4), (1, 2), (1, 1), 1, 2, 0.5),
+    "depthwise": ((2, 6, 15, 14), 12, (5, 5), (1, 2), (2, 2), (1, 1), 6, 1, 0.4),
+    "1x1": ((2, 8, 9, 10), 6, (1, 1), (1, 1), (0, 0), (1, 1), 2, 2, 0.5),
+    "1x7": ((2, 3, 5, 17), 4, (1, 7), (1, 1), (0, 3), (1, 1), 1, 2, 0.5),
+    "kernel larger than the image": ((2, 3, 2, 2), 4, (5, 5), (1, 1), (2, 2), (1, 1), 1, 2, 0.3),
+    "dilated": ((2, 3, 11, 12), 4, (3, 3), (1, 2), (3, 0), (3, 2), 1, 2, 0.3),
+    "one channel in and out": ((2, 1, 9, 7), 1, (3, 3), (1, 1), (1, 1), (1, 1), 1, 1, 0.5),
+    "batch 0": ((0, 4, 6, 6), 6, (3, 3), (1, 1), (1, 1), (1, 1), 2, 2, 0.5),
+    "nnz 0": ((2, 4, 6, 6), 6, (3, 3), (1, 1), (1, 1), (1, 1), 2, 2, 0),
+    "rank 0": ((2, 4, 6, 6), 6, (3, 3), (1, 1), (1, 1), (1, 1), 2, 0, 0.5),
+    "rank 0, nnz 0": ((2, 4, 6, 6), 6, (3, 3), (1, 1), (1, 1), (1, 1), 1, 0, 0),
+    "full rank, full nnz": ((2, 4, 6, 6), 6, (3, 3), (1, 1), (1, 1), (1, 1), 2, 3, 1),
+}
+
+
+def conv_args(case: str, dtype: torch.dtype, memory_format=torch.contiguous_format) -> tuple:
+    size, m, kernel, stride, padding, dilation, groups, rank, density = CONV[case]
+    n = size[1] // groups * kernel[0] * kernel[1]
+    weights = layer(m, n, rank, int(density * m * n), groups, dtype)
+    x = random(*size, dtype=dtype).contiguous(memory_format=memory_format)
+    return x, *weights, random(m, dtype=dtype), kernel, stride, padding, dilation, groups
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, LAST], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CONV)
+def test_lrs_conv2d_value(case, dtype, memory_format):
+    args = conv_args(case, dtype, memory_format)
+    terms = args[2].shape[1] + args[1].shape[1]
+    y = check_value("lrs_conv2d", *args, terms=terms)
+    check_value("lrs_conv2d", *args[:5], None, *args[6:], terms=terms)
+    if args[0].numel():
+        assert y.is_contiguous(memory_format=LAST if args[0].is_contiguous(memory_format=LAST) else memory_format)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CONV)
+def test_lrs_conv2d_gradient_values(case, dtype):
+    args = conv_args(case, dtype, LAST if "maps" in case else torch.contiguous_format)
+    check_gradients("lrs_conv2d", *args, terms=args[0][:, 0].numel() + args[2].shape[1])
+
+
+def test_channels_last_gradient_keeps_its_format():
+    x, *rest = conv_args("7x7 maps", F32, LAST)
+    x.requires_grad_()
+    y = ops.lrs_conv2d(x, *rest)
+    (gx,) = torch.autograd.grad(y, x, torch.randn_like(y))
+    assert not y.is_contiguous()
+    assert gx.is_contiguous(memory_format=LAST)
+    assert not gx.is_contiguous()
+
+
+def test_conv_of_one_pixel_equals_linear():
+    u, v, values, pattern = layer(12, 20, 3, 50)
+    x, bias = random(5, 20), random(12)
+    y = ops.lrs_conv2d(x[:, :, None, None], u, v, values, pattern, bias, (1, 1))
+    torch.testing.assert_close(y[:, :, 0, 0], ops.lrs_linear(x, u, v, values, pattern, bias))
+
+
+def matrices() -> dict[str, Tensor]:
+    a = random(50, 70)
+    special = a.clone()
+    special[::7, ::3], special[1::9, ::4], special[2::9, 1::4] = torch.nan, torch.inf, -torch.inf
+    signed_zeros = torch.where(a > 0, 0.0, -0.0)
+    return {
+        "random": a,
+        "odd sizes": random(7, 96),
+        "row": random(1, 40),
+        "column": random(40, 1),
+        "many ties": (a * 3).round(),
+        "all equal": torch.full((50, 70), -2.0, dtype=F64),
+        "zeros of both signs": signed_zeros,
+        "NaN and infinities": special,
+        "wide range": a * 10.0 ** torch.randint(-40, 40, (50, 70)),
+        "several chunks": random(200, 331),
+    }
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", matrices())
+def test_topk_csr_value(name, dtype):
+    a = matrices()[name].to(dtype)
+    for nnz in (0, 1, a.numel() // 3, a.numel() - 1, a.numel()):
+        got, want = ops.topk_csr(a, nnz), ref.topk_csr(a, nnz)
+        for g, w in zip(got, want, strict=True):
+            assert g.dtype == w.dtype
+            torch.testing.assert_close(g, w, rtol=0, atol=0, equal_nan=True)
+        numbers = ~want[0].isnan()
+        assert torch.equal(got[0][numbers].signbit(), want[0][numbers].signbit())
+
+
+def test_topk_csr_of_nothing():
+    for m, n in ((0, 5), (5, 0), (0, 0)):
+        values, row_ptr, col_idx = ops.topk_csr(random(m, n), 0)
+        assert (len(values), row_ptr.tolist(), len(col_idx)) == (0, [0] * (m + 1), 0)
+
+
+def with_spectrum(m: int, n: int, spectrum: list[float], dtype: torch.dtype = F64) -> Tensor:
+    """A random matrix with the given singular values, the rest 0."""
+    s = torch.tensor(spectrum, dtype=F64)
+    u, v = torch.linalg.qr(random(m, len(s)))[0], torch.linalg.qr(random(n, len(s)))[0]
+    return ((u * s) @ v.T).to(dtype)
+
+
+def check_orthonormal(u: Tensor, s: Tensor, vh: Tensor) -> None:
+    identity = torch.eye(s.shape[-1], dtype=u.dtype).expand(*s.shape[:-1], -1, -1)
+    tolerance = 20 * torch.finfo(u.dtype).eps * max(u.shape[-2], vh.shape[-1], 1)
+    torch.testing.assert_close(u.mT @ u, identity, rtol=0, atol=tolerance)
+    torch.testing.assert_close(vh @ vh.mT, identity, rtol=0, atol=tolerance)
+    assert (s.diff() <= 0).all()
+    assert (s >= 0).all()
+    largest = u.gather(-2, u.abs().argmax(-2, keepdim=True)) if u.numel() else u
+    assert (largest >= 0).all()
+
+
+@pytest.mark.parametrize("dtype", [F64, F32], ids=str)
+@pytest.mark.parametrize(
+    ("m", "n", "rank"), [(7, 96, 3), (96, 7, 7), (40, 40, 5), (1, 9, 1), (9, 1, 1), (6, 8, 0), (30, 20, 20)]
+)
+def test_truncated_svd_value(m, n, rank, dtype):
+    spectrum = [2.0**-i for i in range(min(m, n, 16))]
+    a = torch.stack([with_spectrum(m, n, spectrum, dtype) for _ in range(3)])
+    basis = random(3, n, min(rank + 8, m, n), dtype=dtype)
+    got = ops.truncated_svd(a, rank, n_iter=12, basis=basis)
+    want = ref.truncated_svd(a.double(), rank)
+    check_orthonormal(*got)
+    tolerance = 20 * torch.finfo(dtype).eps * max(m, n)
+    well_separated = [s for s in spectrum[:rank] if s > 1e-3]
+    torch.testing.assert_close(got[1].double(), want[1], rtol=0, atol=tolerance)
+    low_rank = [(u[..., :rank] * s[..., None, :]) @ vh for u, s, vh in (map(Tensor.double, got), want)]
+    torch.testing.assert_close(*low_rank, rtol=0, atol=tolerance)
+    k = len(well_separated)
+    torch.testing.assert_close(got[0][..., :k].double(), want[0][..., :k], rtol=0, atol=1000 * tolerance)
+    torch.testing.assert_close(got[2][:, :k].double(), want[2][:, :k], rtol=0, atol=1000 * tolerance)
+    for i in range(3):
+        u, s, vh = ops.truncated_svd(a[i], rank, n_iter=12, basis=basis[i])
+        assert_all_close((u[:, :k], s, vh[:k]), (got[0][i, :, :k], got[1][i], got[2][i, :k]), rtol=0, atol=tolerance)
+    assert all(t.is_contiguous() for t in got)
+
+
+@pytest.mark.parametrize("spectrum", [[3, 3, 3, 1, 1], [2, 1, 0.5], [0], [5] * 12], ids=str)
+def test_truncated_svd_of_repeated_and_missing_singular_values(spectrum):
+    rank = 5
+    u, s, vh = ops.truncated_svd(with_spectrum(20, 12, spectrum), rank)
+    check_orthonormal(u, s, vh)
+    want = torch.tensor([*spectrum, *[0] * rank][:rank], dtype=F64)
+    torch.testing.assert_close(s, want, rtol=0, atol=1e-13)
+
+
+def test_truncated_svd_starts():
+    a = with_spectrum(30, 20, [2.0**-i for i in range(20)])
+    exact = ref.truncated_svd(a, 4)
+    warm = ops.truncated_svd(a, 4, n_iter=0, basis=exact[2].T)
+    for got, want in zip(warm, exact, strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
+    one, same = (ops.truncated_svd(a, 4, generator=torch.Generator().manual_seed(5)) for _ in range(2))
+    assert all(map(torch.equal, one, same))
+    assert [t.shape for t in ops.truncated_svd(a.expand(0, -1, -1), 4)] == [(0, 30, 4), (0, 4), (0, 4, 20)]
+
+
+def test_pattern_lists_the_transpose():
+    for m, n, groups, nnz in ((6, 5, 1, 13), (6, 5, 3, 20), (4, 7, 2, 0), (0, 3, 1, 0), (3, 4, 3, 12)):
+        _, row_ptr, col_idx = ref.topk_csr(random(m, n), nnz)
+        pattern = Pattern.from_csr(row_ptr.long(), col_idx.long(), n, groups)
+        assert all(t.dtype == torch.int32 and t.is_contiguous() for t in pattern)
+        values = torch.arange(1.0, nnz + 1)
+        blocks = ref.csr_to_dense(values, row_ptr, col_idx, n).view(groups, m // groups, n)
+        by_columns = ref.csr_to_dense(values[pattern.perm], pattern.col_ptr, pattern.row_idx, m)
+        expected = [b for g in range(groups) for b in _columns_of_group(blocks, g)]
+        assert torch.equal(by_columns, torch.stack(expected))
+        if groups == 1:
+            assert all(map(torch.equal, pattern.transpose().transpose(), pattern))
+            assert torch.equal(values[pattern.perm][pattern.transpose().perm], values)
+        rows = ops.csr_rows(row_ptr, col_idx, n)
+        assert rows.tolist() == [i for i in range(m) for _ in range(row_ptr[i], row_ptr[i + 1])]
+
+
+def _columns_of_group(blocks: Tensor, group: int) -> Tensor:
+    """The columns of one row group [n, m], zero in the rows of other groups."""
+    alone = torch.zeros_like(blocks)
+    alone[group] = blocks[group]
+    return alone.flatten(0, 1).T
+
+
+GEOMETRY = ((2, 3), (2, 1), (1, 2), (1, 2), 2)
+
+
+def sample(name: str) -> list:
+    """Small arguments of an op as the dispatcher takes them; tensors that it differentiates require a gradient."""
+
+    def leaf(*size: int) -> Tensor:
+        return random(*size).requires_grad_()
+
+    if name == "truncated_svd":
+        return [leaf(2, 4, 5), random(2, 5, 4), 2, 1]  # as many columns as rows: no error of the iteration
+    if name == "topk_csr":
+        return [leaf(5, 6), 7]
+    if name == "lrs_linear":
+        u, v, values, pattern = layer(5, 6, 2, 9)
+        return [leaf(3, 6), *apply(Tensor.requires_grad_, (u, v, values)), *pattern, leaf(5)]
+    if name == "sddmm":
+        *_, pattern = layer(5, 6, 2, 9)
+        return [leaf(5, 4), leaf(6, 4), *pattern[:2]]
+    u, v, values, pattern = layer(4, 12, 2, 20, groups=2)
+    weights, grad = [*apply(Tensor.requires_grad_, (u, v, values)), *pattern], leaf(2, 4, 2, 3)
+    if name == "lrs_conv2d":
+        return [leaf(2, 4, 3, 3), *weights, leaf(4), *GEOMETRY]
+    if name == "_lrs_conv2d_grad_input":
+        return [grad, *weights, (3, 3), *GEOMETRY]
+    return [grad, leaf(2, 4, 3, 3), *pattern[:2], *GEOMETRY]
+
+
+OPS = (
+    "truncated_svd",
+    "topk_csr",
+    "lrs_linear",
+    "sddmm",
+    "lrs_conv2d",
+    "_lrs_conv2d_grad_input",
+    "_lrs_conv2d_grad_values",
+)
+every_op = pytest.mark.parametrize("name", OPS)
+
+
+def results(op, args) -> list[Tensor]:
+    """The outputs of a call and, for every argument that requires one, the gradient of a fixed weighted sum of them."""
+    out = op(*args)
+    out = [out] if isinstance(out, Tensor) else list(out)
+    generator = torch.Generator().manual_seed(1)
+    total = sum((o * torch.randn(o.shape, generator=generator, dtype=F64)).sum() for o in out if o.requires_grad)
+    return [*out, *torch.autograd.grad(total, [a for a in args if is_float(a) and a.requires_grad])]
+
+
+@every_op
+def test_gradcheck(name):
+    op, args = getattr(RAW, name), sample(name)
+    assert gradcheck(op, args)
+    assert gradgradcheck(op, args, fast_mode=True)
+
+
+@pytest.mark.parametrize(("m", "n", "rank"), [(9, 6, 3), (5, 5, 5), (6, 4, 4), (1, 5, 1), (4, 7, 1)])
+def test_gradcheck_of_other_svd_shapes(m, n, rank):
+    a, basis = random(m, n).requires_grad_(), random(n, min(m, n))
+    assert gradcheck(lambda a: ops.truncated_svd(a, rank, basis=basis, n_iter=1), [a])
+
+
+def spaced(t: Tensor) -> Tensor:
+    """The tensor as every second entry of a larger buffer, at an offset; the rest of the buffer is poison."""
+    buffer = t.new_full([2 * s + 1 for s in t.shape], torch.nan if t.is_floating_point() else 1 << 30)
+    view = buffer[(slice(1, None, 2),) * t.dim()]
+    return view.copy_(t)
+
+
+def reversed_dims(t: Tensor) -> Tensor:
+    dims = [*range(t.dim())][::-1]
+    return t.permute(dims).contiguous().permute(dims)
+
+
+def expanded(t: Tensor) -> Tensor:
+    return t[:1].expand_as(t) if t.is_floating_point() else t
+
+
+@pytest.mark.parametrize("arrange", [spaced, reversed_dims, expanded])
+@every_op
+def test_any_strides(name, arrange):
+    args = sample(name)
+    odd = [arrange(a.detach()).requires_grad_(a.requires_grad) if isinstance(a, Tensor) else a for a in args]
+    plain = apply(lambda a: a.detach().contiguous().requires_grad_(a.requires_grad), odd)
+    op = getattr(RAW, name)
+    assert_all_close(results(op, odd), results(op, plain), rtol=1e-9, atol=1e-9)
+    if arrange is spaced:
+        torch.library.opcheck(op.default, odd)
+
+
+@every_op
+def test_gradient_of_any_strides(name):
+    op, args = getattr(RAW, name), sample(name)
+    leaves = [a for a in args if is_float(a) and a.requires_grad]
+
+    def grads(arrange):
+        out = op(*args)
+        out = [o for o in ([out] if isinstance(out, Tensor) else out) if o.requires_grad]
+        return torch.autograd.grad(out, leaves, [arrange(torch.ones_like(o)) for o in out])
+
+    want = grads(Tensor.clone)
+    for arrange in (spaced, reversed_dims, lambda ones: torch.ones((), dtype=F64).expand_as(ones)):
+        assert_all_close(grads(arrange), want)
+
+
+@pytest.mark.parametrize("name", OPS[2:])
+def test_every_subset_of_gradients(name):
+    op, args = getattr(RAW, name), sample(name)
+    where = [i for i, a in enumerate(args) if is_float(a)]
+    full = dict(zip(where, results(op, args)[1:], strict=True))
+    for count in range(1, len(where)):
+        for chosen in itertools.combinations(where, count):
+            some = [a.detach().requires_grad_(i in chosen) if is_float(a) else a for i, a in enumerate(args)]
+            assert_all_close(results(op, some)[1:], [full[i] for i in chosen])
+
+
+@every_op
+def test_opcheck(name):
+    torch.library.opcheck(getattr(RAW, name).default, sample(name))
+
+
+def degenerate(name: str, which: str) -> list:
+    args = sample(name)
+    m, n = args[1].shape[0], args[2].shape[1]
+    if which == "no bias":
+        args[9] = None
+    if which in ("batch 0", "all 0"):
+        args[0] = args[0][:0]
+    if which in ("rank 0", "all 0"):
+        args[1:3] = args[1][:, :0], args[2][:0]
+    if which in ("nnz 0", "all 0"):
+        none = torch.zeros(m + 1, dtype=torch.int32)
+        args[3:9] = args[3][:0], *Pattern.from_csr(none, none[:0], n, 2 if "conv" in name else 1)
+    return apply(lambda a: a.detach().requires_grad_(), args)
+
+
+@pytest.mark.parametrize("which", ["no bias", "batch 0", "rank 0", "nnz 0", "all 0"])
+@pytest.mark.parametrize("name", ["lrs_linear", "lrs_conv2d"])
+def test_degenerate_sizes(name, which):
+    op, args = getattr(RAW, name), degenerate(name, which)
+    assert gradcheck(op, args, fast_mode=True)
+    torch.library.opcheck(op.default, args)
+
+
+def test_degenerate_sizes_of_the_value_gradients():
+    grad, x, row_ptr, col_idx, *geometry = sample("_lrs_conv2d_grad_values")
+    assert RAW._lrs_conv2d_grad_values(grad, x, row_ptr * 0, col_idx[:0], *geometry).shape == (0,)
+    assert not RAW._lrs_conv2d_grad_values(grad[:0], x[:0], row_ptr, col_idx, *geometry).any()
+    _, _, row_ptr, col_idx = sample("sddmm")
+    assert not RAW.sddmm(random(5, 0), random(6, 0), row_ptr, col_idx).any()
+
+
+@pytest.mark.parametrize("name", ["lrs_conv2d", "_lrs_conv2d_grad_input", "_lrs_conv2d_grad_values"])
+def test_opcheck_of_channels_last(name):
+    args = apply(lambda a: a.detach().to(F32), sample(name))
+    args = [a.contiguous(memory_format=LAST) if is_float(a) and a.dim() == 4 else a for a in args]
+    torch.library.opcheck(getattr(RAW, name).default, apply(Tensor.requires_grad_, args))
+
+
+@every_op
+def test_compile(name):
+    torch._dynamo.reset()
+    op, args = getattr(RAW, name), sample(name)
+    compiled = torch.compile(op, fullgraph=True, backend="aot_eager")
+    assert_all_close(results(compiled, args), results(op, args))
+
+
+class Net(torch.nn.Module):
+    """A convolution and a linear layer, as a model calls them."""
+
+    def __init__(self):
+        super().__init__()
+        *conv, conv_pattern = layer(8, 27, 2, 40, dtype=F32)
+        *linear, linear_pattern = layer(5, 8, 2, 10, dtype=F32)
+        self.weights = torch.nn.ParameterList([*conv, *linear])
+        for name, pattern in (("conv", conv_pattern), ("linear", linear_pattern)):
+            for field, tensor in pattern._asdict().items():
+                self.register_buffer(f"{name}_{field}", tensor)
+
+    def pattern(self, name: str) -> Pattern:
+        return Pattern(*(getattr(self, f"{name}_{field}") for field in Pattern._fields))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = ops.lrs_conv2d(x, *self.weights[:3], self.pattern("conv"), None, (3, 3), padding=(1, 1))
+        return ops.lrs_linear(x.relu().mean((2, 3)), *self.weights[3:], self.pattern("linear"))
+
+
+def test_inductor():
+    torch._dynamo.reset()
+    net, x = Net(), random(3, 3, 8, 8, dtype=F32)
+    want = results(net, [x.requires_grad_()])
+    assert_all_close(results(torch.compile(net, fullgraph=True), [x]), want)
+
+
+def test_export():
+    net = Net()
+    program = torch.export.export(net, (random(3, 3, 8, 8, dtype=F32),), dynamic_shapes=({0: torch.export.Dim.AUTO},))
+    x = random(5, 3, 8, 8, dtype=F32)
+    torch.testing.assert_close(program.module()(x), net(x))
+
+
+def public_args(name: str, dtype: torch.dtype) -> list:
+    """Arguments of lrs_linear or lrs_conv2d as the public function takes them."""
+    args = apply(lambda a: a.detach().to(dtype), sample(name))
+    return [*args[:4], Pattern(*args[4:9]), *args[9:]]
+
+
+@pytest.mark.parametrize("name", ["lrs_linear", "lrs_conv2d"])
+def test_autocast_casts_like_the_layers_of_torch(name):
+    op, args = getattr(ops, name), apply(Tensor.requires_grad_, public_args(name, F32))
+    with torch.autocast("cpu", torch.bfloat16):
+        y = op(*args)
+        assert op(*public_args(name, F64)).dtype == F64
+    assert torch.equal(y, op(*apply(Tensor.bfloat16, args)))
+    leaves = [a for a in args if is_float(a)]
+    assert all(g.dtype == F32 for g in torch.autograd.grad(y.float().sum(), leaves))
+
+
+@every_op
+def test_autocast_leaves_the_inside_of_an_op_alone(name):
+    op, args = getattr(RAW, name), apply(lambda a: a.detach().to(F32), sample(name))
+    with torch.autocast("cpu", torch.bfloat16):
+        got = op(*args)
+    want = op(*args)
+    assert torch.equal(got, want) if isinstance(got, Tensor) else all(map(torch.equal, got, want))
+
+
+@every_op
+def test_inference_mode(name):
+    op, args = getattr(RAW, name), apply(Tensor.detach, sample(name))
+    want = op(*args)
+    with torch.inference_mode():
+        got = op(*apply(Tensor.clone, args))
+    assert_all_close([got] if isinstance(got, Tensor) else got, [want] if isinstance(want, Tensor) else want)
+
+
+def large(name: str) -> list:
+    """Arguments large enough to be cut into pieces; rank 0, as torch's GEMM promises no bits."""
+    if name == "topk_csr":
+        return [random(400, 700, dtype=F32), 50000]
+    if "linear" in name or name == "sddmm":
+        u, v, values, pattern = layer(256, 300, 0, 20000, dtype=F32)
+        if name == "sddmm":
+            return [random(256, 65, dtype=F32), random(300, 65, dtype=F32), *pattern[:2]]
+        return [random(100, 300, dtype=F32), u, v, values, *pattern, random(256, dtype=F32)]
+    u, v, values, pattern = layer(64, 64 * 9, 0, 9000, dtype=F32)
+    x, grad = random(20, 64, 14, 14, dtype=F32), random(20, 64, 12, 12, dtype=F32)
+    geometry = [(3, 3), (1, 1), (0, 0), (1, 1), 1]
+    if name == "lrs_conv2d":
+        return [x, u, v, values, *pattern, None, *geometry]
+    if name == "_lrs_conv2d_grad_input":
+        return [grad, u, v, values, *pattern, (14, 14), *geometry]
+    return [grad, x, *pattern[:2], *geometry]
+
+
+@pytest.mark.parametrize("name", OPS[1:])
+def test_same_bits_with_any_number_of_threads(name):
+    op, args, threads = getattr(RAW, name), large(name), torch.get_num_threads()
+    try:
+        runs = [torch.set_num_threads(count) or op(*args) for count in (1, 2, 2, 3)]
+    finally:
+        torch.set_num_threads(threads)
+    for run in runs[1:]:
+        assert torch.equal(run, runs[0]) if isinstance(run, Tensor) else all(map(torch.equal, run, runs[0]))
+
+
+def test_cpu_capability():
+    forced = os.environ.get("CMD_EXT_CPU")
+    assert _C.cpu_capability() in ([forced] if forced else ["avx2", "baseline"])
+
+
+@pytest.mark.skipif("CMD_EXT_CPU" in os.environ, reason="the instruction set is already chosen")
+def test_values_on_the_baseline_instruction_set():
+    chosen = "cpu_capability or any_number_of_threads or (_value and float32 and not svd and not channels_last)"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", chosen, __file__]
+    run = subprocess.run(command, env={**os.environ, "CMD_EXT_CPU": "baseline"}, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout
+
+
+# One forward and backward of a layer, then the growth of the peak of resident memory in MB. Not ru_maxrss: a child
+# starts with the peak of its parent there.
+MEASURE = r"""
+import re, sys, torch
+from cmd_ext import ops, ref
+
+def status(field):
+    return int(re.search(field + r":\s+(\d+)", open("/proc/self/status").read())[1]) / 1000
+
+def run(module, m, n, nnz_per_row, rank, x, *geometry):
+    step = n // nnz_per_row
+    columns = torch.arange(m)[:, None] % step + torch.arange(nnz_per_row) * step
+    pattern = ops.Pattern.from_csr(torch.arange(m + 1) * nnz_per_row, columns.flatten(), n)
+    leaves = [x, torch.randn(m, rank), torch.randn(rank, n), torch.randn(m * nnz_per_row)]
+    op = module.lrs_conv2d if geometry else module.lrs_linear
+    op(*[t.requires_grad_() for t in leaves], pattern, None, *geometry).sum().backward()
+
+module = {"ops": ops, "ref": ref}[sys.argv[2]]
+if sys.argv[1] == "linear":
+    small, large = [(64, 64, 4, 4, torch.randn(4, 64))], [(4096, 25088, 125, 32, torch.randn(4, 25088))]
+else:
+    small = [(64, 64 * 9, 4, 4, torch.randn(2, 64, 4, 4), (3, 3), (1, 1), (1, 1))]
+    large = [(2048, 2048 * 9, 92, 32, torch.randn(2, 2048, 4, 4), (3, 3), (1, 1), (1, 1))]
+run(module, *small[0])
+before = status("VmRSS")
+run(module, *large[0])
+print(status("VmHWM") - before)
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads the peak memory from /proc")
+@pytest.mark.parametrize(("kind", "dense_megabytes"), [("linear", 411), ("conv", 151)])
+def test_memory_stays_far_below_the_dense_weight(kind, dense_megabytes):
+    run = subprocess.run([sys.executable, "-c", MEASURE, kind, "ops"], capture_output=True, text=True, check=True)
+    assert float(run.stdout) < dense_megabytes / 4
+
+
+def entry(index: int, value: int):
+    """A change of one entry of a vector."""
+
+    def change(t: Tensor) -> Tensor:
+        t = t.clone()
+        t[index] = value
+        return t
+
+    return change
+
+
+def support_errors(op: str, ptr: str, idx: str) -> list[tuple]:
+    return [
+        (op, ptr, Tensor.long, f"{ptr} must be int32"),
+        (op, idx, Tensor.long, f"{idx} must be int32"),
+        (op, ptr, lambda t: t[:-1], f"{ptr} must be [rows + 1] = ["),
+        (op, ptr, entry(-1, 99), f"{ptr} must run from 0 to nnz = "),
+        (op, ptr, entry(0, 1), f"{ptr} must run from 0 to nnz = "),
+        (op, ptr, entry(1, 99), f"{ptr} must not decrease, got 99 then "),
+        (op, ptr, entry(2, -1), f"{ptr} must not decrease, got "),
+        (op, idx, lambda t: t[:-1], ""),
+        (op, idx, entry(0, -1), f"{idx} must lie in [0, "),
+        (op, idx, entry(-1, 1 << 30), f"{idx} must lie in [0, "),
+        (op, idx, entry(3, -(1 << 31)), f"{idx} must lie in [0, "),
+    ]
+
+
+def weight_errors(op: str, first: str) -> list[tuple]:
+    return [
+        (op, first, Tensor.int, f"{first} must be float32, float64, bfloat16 or float16"),
+        *((op, name, Tensor.float, f"{name} must have the dtype of the first") for name in ("u", "v", "values")),
+        (op, "u", lambda t: t[0], "u must be [m, r], got 1-dimensional [2]"),
+        (op, "values", lambda t: t[None], "values must be [nnz], got 2-dimensional [1, "),
+        (op, "values", lambda t: t[1:], ""),
+    ]
+
+
+def geometry_errors(op: str) -> list[tuple]:
+    return [
+        (op, "kernel_size", lambda _: (0, 3), "kernel_size must be >= 1, got [0, 3]"),
+        (op, "stride", lambda _: (1, 0), "stride must be >= 1, got [1, 0]"),
+        (op, "padding", lambda _: (-1, 0), "padding must be >= 0, got [-1, 0]"),
+        (op, "dilation", lambda _: (1, -1), "dilation must be >= 1, got [1, -1]"),
+        (op, "stride", lambda _: (1, 1, 1), "stride must be two integers, got [1, 1, 1]"),
+        (op, "groups", lambda _: 0, "groups must be >= 1, got 0"),
+        (op, "dilation", lambda _: (9, 2), "padded input 5 is smaller than the kernel's span 10"),
+    ]
+
+
+ERRORS = [
+    ("truncated_svd", "a", lambda t: t[0], "a must be [b, m, n], got 2-dimensional [4, 5]"),
+    ("truncated_svd", "a", Tensor.int, "a must be float32, float64, bfloat16 or float16"),
+    ("truncated_svd", "a", Tensor.half, "a must be float32 or float64, got a 16-bit type"),
+    ("truncated_svd", "a", lambda t: t * torch.nan, "the SVD did not converge; a must be free of NaN"),
+    ("truncated_svd", "basis", Tensor.float, "basis must have the dtype of the first argument"),
+    ("truncated_svd", "basis", lambda t: t[0], "basis must be [b, n, l], got 2-dimensional [5, 4]"),
+    ("truncated_svd", "basis", lambda t: t[:1], "basis must be [b, n, l] with b = 2 and n = 5, got [1, 5, 4]"),
+    ("truncated_svd", "basis", lambda t: t.mT, "basis must be [b, n, l] with b = 2 and n = 5, got [2, 4, 5]"),
+    ("truncated_svd", "basis", lambda t: t.repeat(1, 1, 2), "basis must have at most min(m, n) = 4 columns, got 8"),
+    ("truncated_svd", "rank", lambda _: 5, "rank must lie in [0, columns of basis] = [0, 4], got 5"),
+    ("truncated_svd", "rank", lambda _: -1, "rank must lie in [0, columns of basis] = [0, 4], got -1"),
+    ("truncated_svd", "n_iter", lambda _: -1, "n_iter must be >= 0, got -1"),
+    ("topk_csr", "a", Tensor.int, "a must be float32, float64, bfloat16 or float16"),
+    ("topk_csr", "a", lambda t: t[0], "a must be [m, n], got 1-dimensional [6]"),
+    ("topk_csr", "nnz", lambda _: -1, "nnz must lie in [0, m * n] = [0, 30], got -1"),
+    ("topk_csr", "nnz", lambda _: 31, "nnz must lie in [0, m * n] = [0, 30], got 31"),
+    *weight_errors("lrs_linear", "x"),
+    *support_errors("lrs_linear", "row_ptr", "col_idx"),
+    ("lrs_linear", "x", lambda t: t[0, 0], "x must be [..., n], got a scalar"),
+    ("lrs_linear", "x", lambda t: t[:, 1:], "x must be [..., n] with n = v.size(1) = 6, got [3, 5]"),
+    ("lrs_linear", "u", lambda t: t[:, 1:], "u must be [m, r] with r = v.size(0) = 2, got [5, 1]"),
+    ("lrs_linear", "v", lambda t: t[0], "v must be [r, n], got 1-dimensional [6]"),
+    ("lrs_linear", "bias", lambda t: t[1:], "bias must be [m] = [5], got [4]"),
+    ("lrs_linear", "bias", Tensor.half, "bias must have the dtype of the first argument"),
+    *support_errors("sddmm", "row_ptr", "col_idx"),
+    ("sddmm", "a", Tensor.int, "a must be float32, float64, bfloat16 or float16"),
+    ("sddmm", "a", lambda t: t[0], "a must be [m, k], got 1-dimensional [4]"),
+    ("sddmm", "b", lambda t: t[0], "b must be [n, k], got 1-dimensional [4]"),
+    ("sddmm", "b", lambda t: t[:, 1:], "b must be [n, k] with k = a.size(1) = 4, got [6, 3]"),
+    ("sddmm", "b", Tensor.float, "b must have the dtype of the first argument"),
+    *weight_errors("lrs_conv2d", "x"),
+    *support_errors("lrs_conv2d", "row_ptr", "col_idx"),
+    *geometry_errors("lrs_conv2d"),
+    ("lrs_conv2d", "x", lambda t: t[0], "x must be [batch, channels, height, width], got 3-dimensional [4, 3, 3]"),
+    (
+        "lrs_conv2d",
+        "x",
+        lambda t: t[:, 1:],
+        "x must have v.size(1) / kernel taps * groups = 4 channels, got [2, 3, 3, 3]",
+    ),
+    ("lrs_conv2d", "v", lambda t: t[0], "v must be [groups * r, n], got 1-dimensional [12]"),
+    ("lrs_conv2d", "v", lambda t: t[1:], "v must be [groups * r, n] with groups * r = 4, got [3, 12]"),
+    ("lrs_conv2d", "v", lambda t: t[:, 1:], "v.size(1) must be a multiple of the kernel's 6 taps, got 11"),
+    ("lrs_conv2d", "groups", lambda _: 3, "groups must divide m = u.size(0) = 4, got 3"),
+    ("lrs_conv2d", "bias", lambda t: t[1:], "bias must be [m] = [4], got [3]"),
+    ("lrs_conv2d", "bias", Tensor.float, "bias must have the dtype of the first argument"),
+    *weight_errors("_lrs_conv2d_grad_input", "grad"),
+    *support_errors("_lrs_conv2d_grad_input", "col_ptr", "row_idx"),
+    *geometry_errors("_lrs_conv2d_grad_input"),
+    ("_lrs_conv2d_grad_input", "grad", lambda t: t[0], "grad must be [batch, m, out_height, out_width]"),
+    ("_lrs_conv2d_grad_input", "grad", lambda t: t[..., 1:], "grad must be [batch, m, out_height, out_width]"),
+    ("_lrs_conv2d_grad_input", "perm", lambda t: t[1:], "perm must be [nnz] = [20], got [19]"),
+    ("_lrs_conv2d_grad_input", "input_size", lambda _: (4, 5, 6), "input_size must be two integers, got [4, 5, 6]"),
+    *support_errors("_lrs_conv2d_grad_values", "row_ptr", "col_idx"),
+    *geometry_errors("_lrs_conv2d_grad_values"),
+    ("_lrs_conv2d_grad_values", "grad", Tensor.int, "grad must be float32, float64, bfloat16"),
+    ("_lrs_conv2d_grad_values", "x", Tensor.float, "x must have the dtype of the first argument"),
+    ("_lrs_conv2d_grad_values", "grad", lambda t: t[0], "grad must be [batch, m, out_height, out_width]"),
+    ("_lrs_conv2d_grad_values", "x", lambda t: t[0], "x must be [batch, channels, height, width]"),
+    ("_lrs_conv2d_grad_values", "groups", lambda _: 3, "groups must divide 4 and 4, got 3"),
+    ("_lrs_conv2d_grad_values", "x", lambda t: t[..., 1:], "grad must be [batch, m, out_height, out_width]"),
+]
+
+
+@pytest.mark.parametrize(("name", "argument", "change", "message"), ERRORS, ids=[f"{e[0]}: {e[3]}" for e in ERRORS])
+def test_wrong_argument(name, argument, change, message):
+    op = getattr(RAW, name)
+    arguments = [a.name for a in op.default._schema.arguments]
+    args = dict(zip(arguments, apply(Tensor.detach, sample(name)), strict=True))
+    args[argument] = change(args[argument])
+    with pytest.raises(ValueError, match=re.escape(f"{name}: {message}")):
+        op(**args)
+
+
+def test_wrong_permutation_is_never_followed():
+    args = sample("_lrs_conv2d_grad_input")
+    args[8] = args[8] + 1
+    with pytest.raises((RuntimeError, IndexError)):
+        RAW._lrs_conv2d_grad_input(*args)
+    args = sample("lrs_linear")
+    args[8] = args[8] + 1
+    with pytest.raises((RuntimeError, IndexError)):
+        RAW.lrs_linear(*args).sum().backward()
+
+
+def csr(row_ptr: list[int], col_idx: list[int]) -> tuple[Tensor, Tensor]:
+    return torch.tensor(row_ptr, dtype=torch.int32), torch.tensor(col_idx, dtype=torch.int32)
+
+
+@pytest.mark.parametrize(
+    ("row_ptr", "col_idx", "message"),
+    [
+        ([[0, 1]], [0], "CSR: row_ptr must be [m + 1] and col_idx [nnz], got [1, 2] and [1]"),
+        ([], [], "CSR: row_ptr must be [m + 1] and col_idx [nnz], got [0] and [0]"),
+        ([0, 1], [[0]], "CSR: row_ptr must be [m + 1] and col_idx [nnz], got [2] and [1, 1]"),
+        ([0, 2], [0], "CSR: row_ptr must rise from 0 to nnz = 1, got 0 to 2"),
+        ([1, 2], [0, 1], "CSR: row_ptr must rise from 0 to nnz = 2, got 1 to 2"),
+        ([0, 2, 1, 2], [0, 1], "CSR: row_ptr must rise from 0 to nnz = 2, got 0 to 2"),
+        ([0, 1], [3], "CSR: col_idx must lie in [0, 3), got 3 to 3"),
+        ([0, 2], [-1, 0], "CSR: col_idx must lie in [0, 3), got -1 to 0"),
+        ([0, 2], [1, 0], "CSR: col_idx must ascend strictly within each row, got repeated or unsorted columns"),
+        ([0, 1, 3], [2, 1, 1], "CSR: col_idx must ascend strictly within each row, got repeated or unsorted columns"),
+    ],
+)
+def test_wrong_csr(row_ptr, col_idx, message):
+    for check in (ops.csr_rows, Pattern.from_csr):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            check(*csr(row_ptr, col_idx), 3)
+
+
+@pytest.mark.parametrize("groups", [0, -1, 2])
+def test_wrong_groups_of_a_pattern(groups):
+    with pytest.raises(ValueError, match=f"Pattern: groups must divide the 3 rows, got {groups}"):
+        Pattern.from_csr(*csr([0, 1, 1, 2], [0, 2]), 3, groups)
+
+
+def test_wrong_arguments_of_the_public_functions():
+    for name, (argument, index) in itertools.product(("lrs_linear", "lrs_conv2d"), (("values", 3), ("bias", 5))):
+        args = public_args(name, F64)
+        args[index] = args[index].float()
+        message = f"{name}: {argument} must have the dtype of x = torch.float64, got torch.float32"
+        with pytest.raises(TypeError, match=message):
+            getattr(ops, name)(*args)
+    a, b, row_ptr, col_idx = sample("sddmm")
+    with pytest.raises(TypeError, match=r"sddmm: b must have the dtype of a = torch.float64, got torch.float16"):
+        ops.sddmm(a, b.half(), row_ptr, col_idx)
+    a = random(6, 9)
+    with pytest.raises(TypeError, match=r"truncated_svd: basis must have the dtype of a = torch.float64"):
+        ops.truncated_svd(a, 3, basis=random(9, 4, dtype=F32))
+    with pytest.raises(ValueError, match=re.escape("truncated_svd: a must be [b, m, n] or [m, n], got [9]")):
+        ops.truncated_svd(a[0], 1)
+    for rank in (-1, 7):
+        message = f"truncated_svd: rank must lie in [0, min(m, n)] = [0, 6], got {rank}"
+        with pytest.raises(ValueError, match=re.escape(message)):
+            ops.truncated_svd(a, rank)
