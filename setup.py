@@ -76,7 +76,8 @@ def arch_list(version: tuple[int, int]) -> str:
 def default_jobs() -> int:
     """One compiler per core, and 1 GB of memory for each."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return max(1, min(len(os.sched_getaffinity(0)), memory >> 30))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(cores, memory >> 30))
 
 
 def cxx_compiler(env: Mapping[str, str]) -> str:

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 import torch
@@ -103,7 +103,7 @@ def finetune(
         ValueError: a bad value, or a checkpoint that is unreadable, of another model or of other settings.
         TypeError: a train_loader without length, or one that cannot be divided among ranks.
         OSError: the checkpoint cannot be written (found before training).
-        FloatingPointError: the loss is not finite; the model then has the state of its last complete epoch.
+        FloatingPointError: a loss or parameter is not finite; the model then has the state of its last complete epoch.
     """
     options = _Options(
         epochs, teacher, distill_weight, temperature, evaluate, amp_dtype, warmup, label_smoothing, clip_norm, seed
@@ -223,6 +223,8 @@ class _Run:
                 unread = []
         if step != self.steps:
             raise ValueError(f"finetune: train_loader has length {self.steps}, got {step} batches from it")
+        if not torch.stack([parameter.isfinite().all() for parameter in self.model.parameters()]).all():
+            self.fail("a parameter is not finite after the update", step)
         self.epoch += 1
         self.history.append(
             {
@@ -282,12 +284,16 @@ class _Run:
         values = (values / _world_size()).tolist()
         for step, value in enumerate(values, last_step - len(values) + 1):
             if not math.isfinite(value):
-                self.model.load_state_dict(self.state)
-                raise FloatingPointError(
-                    f"finetune: loss is {value} in epoch {self.epoch + 1}, step {step} of {self.steps}; "
-                    f"the model has its state after epoch {self.epoch} again"
-                )
+                self.fail(f"loss is {value}", step)
         return sum(values)
+
+    def fail(self, reason: str, step: int) -> NoReturn:
+        """Go back to the last complete epoch and raise."""
+        self.model.load_state_dict(self.state)
+        raise FloatingPointError(
+            f"finetune: {reason} in epoch {self.epoch + 1}, step {step} of {self.steps}; "
+            f"the model has its state after epoch {self.epoch} again"
+        )
 
     def finish_epoch(self, path: Path | None) -> None:
         """Score the model, keep its state if it is the best one, write the checkpoint."""

@@ -159,6 +159,10 @@ class _LowRankSparse(nn.Module):
             raise ValueError(f"row_ptr, values and col_idx must be [{m + 1}], [nnz] and [nnz], got {got}")
         return ops.Pattern.from_csr(row_ptr, col_idx, n, g)
 
+    def _v(self) -> Tensor:
+        """V for the low-rank path. The empty `values` join in (as + 0) so that DDP sees a gradient of every parameter."""
+        return self.v + self.values.sum() if torch.is_grad_enabled() else self.v
+
     def _extra(self) -> str:
         bias = "" if self.bias is not None else ", bias=False"
         return f"{bias}, rank={self.rank}, nnz={self.nnz}, density={self.density:.4g}"
@@ -214,7 +218,7 @@ class CMDLinear(_LowRankSparse):
         if backend == "fused":
             return ops.lrs_linear(x, self.u, self.v, self.values, self.pattern, self.bias)
         if backend == "lowrank":
-            return F.linear(F.linear(x, self.v), self.u, self.bias)
+            return F.linear(F.linear(x, self._v()), self.u, self.bias)
         return F.linear(x, self.dense_weight(), self.bias)
 
     def dense_weight(self) -> Tensor:
@@ -310,7 +314,7 @@ class CMDConv2d(_LowRankSparse):
                 x, self.u, self.v, self.values, self.pattern, self.bias, self.kernel_size, *geometry
             )
         if backend == "lowrank" and self.rank > 0:
-            z = F.conv2d(x, self.v.view(-1, self.in_channels // self.groups, *self.kernel_size), None, *geometry)
+            z = F.conv2d(x, self._v().view(-1, self.in_channels // self.groups, *self.kernel_size), None, *geometry)
             return F.conv2d(z, self.u.view(*self.u.shape, 1, 1), self.bias, groups=self.groups)
         return F.conv2d(x, self.dense_weight(), self.bias, *geometry)
 

@@ -9,6 +9,12 @@ import pytest
 import torch
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    # A later line wins: torch's compiler warns about torch's own use of torch.jit.
+    for line in ("error", "ignore::DeprecationWarning:torch"):
+        config.addinivalue_line("filterwarnings", line)
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)

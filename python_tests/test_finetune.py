@@ -327,6 +327,22 @@ def test_loss_that_is_not_finite_restores_the_last_epoch():
     assert not equal(model.state_dict(), states[0])
 
 
+def test_parameter_that_is_not_finite_after_the_last_step_restores_the_last_epoch():
+    model, steps = make_model(), []
+    before = snapshot(model)
+
+    def poison(optimizer, *_):
+        steps.append(1)
+        if len(steps) == 6:
+            optimizer.param_groups[0]["params"][0].data[0] = math.inf
+
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    optimizer.register_step_post_hook(poison)
+    with pytest.raises(FloatingPointError, match=r"a parameter is not finite .* in epoch 1, step 6 of 6"):
+        finetune(model, make_loader(), epochs=1, optimizer=optimizer, progress=False)
+    assert equal(model.state_dict(), before)
+
+
 @pytest.mark.parametrize(("scores", "best"), [([0.1, 0.9, 0.2], 1), ([1.0, 0.5, 1.0], 0), ([math.nan, -3.0, -4.0], 1)])
 def test_best_state_is_kept(scores, best):
     states = []

@@ -1,0 +1,81 @@
+"""The command line, and the README's example."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from cmd_ext import models
+from cmd_ext.__main__ import main
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("images")
+    g = torch.Generator().manual_seed(0)
+    for split, count in (("train", 6), ("test", 3)):
+        for label in range(10):
+            folder = root / split / f"class{label}"
+            folder.mkdir(parents=True)
+            for i in range(count):
+                pixels = torch.randint(256, (32, 32, 3), generator=g, dtype=torch.uint8)
+                Image.fromarray(pixels.numpy()).save(folder / f"{i}.png")
+    return root
+
+
+def test_compress_finetune_and_eval(images, tmp_path, capsys):
+    weights, out = tmp_path / "w.safetensors", tmp_path / "out"
+    save_file(models.create("resnet20").state_dict(), weights)
+    network = ["--model", "resnet20", "--weights", str(weights), "--data", str(images), "--batch-size", "20"]
+    assert main(["compress", *network, "--constraint", "params=40%", "--search", "uniform", "--finetune-epochs", "1",
+                 "--calibration", "40", "--out", str(out)]) == 0  # fmt: skip
+    printed = capsys.readouterr().out
+    assert sorted(p.name for p in out.iterdir()) == [
+        "finetune.pt", "model.safetensors", "plan.json", "report.txt", "stats.json",
+    ]  # fmt: skip
+    assert "smaller / faster by" in printed
+    assert "epoch 1: loss" in printed
+    stats = json.loads((out / "stats.json").read_text())["stats"]
+    assert stats["params"][1] <= 0.4 * stats["params"][0]
+    assert main(["eval", *network, "--compressed", str(out / "model.safetensors")]) == 0
+    assert re.search(r"top-1 \d+\.\d\d % of 30 images", capsys.readouterr().out)
+    assert main(["profile", "--model", "resnet20", "--compressed", str(out / "model.safetensors")]) == 0
+    assert "CMDConv2d" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--constraint", "params"], "--constraint must be KIND=VALUE like params=30%, got 'params'"),
+        (["--constraint", "params=few"], "--constraint params must be a number or a share like 30%, got 'few'"),
+        (["--constraint", "joules=30%"], "constraint must be one of params, macs, bytes, got 'joules'"),
+        (["--constraint", "params=30%", "--model", "resnet21"], "resnet21"),
+        (["--constraint", "params=30%", "--data", "/no/such/folder"], "/no/such/folder"),
+        (["--constraint", "params=30%", "--weights", "/no/such/file"], "/no/such/file"),
+    ],
+)
+def test_bad_arguments_give_one_line(images, tmp_path, capsys, arguments, message):
+    defaults = ["--model", "resnet20", "--data", str(images), "--out", str(tmp_path / "out")]
+    assert main(["compress", *defaults, *arguments]) == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("cmd_ext compress: ")
+    assert message in error
+
+
+def test_doctor_names_what_there_is(capsys):
+    assert main(["doctor"]) == 0
+    printed = capsys.readouterr().out
+    for word in ("torch", torch.__version__, "cpu", "built with", "operators", "lrs_conv2d", "compiler here", "nvcc here"):
+        assert word in printed
+
+
+def test_the_readme_example_runs_as_shown(tmp_path, monkeypatch):
+    text = (Path(__file__).parent.parent / "README.md").read_text()
+    example = re.search(r"```python\n(.*?)```", text, re.S).group(1)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(example, "README.md", "exec"), {})
+    assert (tmp_path / "net.safetensors").exists()
