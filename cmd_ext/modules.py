@@ -13,6 +13,8 @@ from . import ops
 from .decompose import Decomposition, decompose
 
 BACKENDS = ("auto", "fused", "lowrank", "dense")
+# Time of a multiply-add of the sparse kernels in units of one of torch's dense convolution, from ResNet-56's layers.
+SPARSE_COST = 3.0
 
 
 class _LowRankSparse(nn.Module):
@@ -88,14 +90,16 @@ class _LowRankSparse(nn.Module):
     def backend(self) -> str:
         """What computes this layer: "fused" (the sparse kernels), "lowrank" (S is empty) or "dense" (W rebuilt).
 
-        Assign one of these to override the choice, "auto" to return to it. The kernels run on the CPU; on another
-        device the automatic choice is "dense".
+        Assign one of these to override the choice, "auto" to return to it. Where U V and S together would cost more
+        time than W, and on devices without our kernels, the automatic choice is "dense".
         """
         if self._backend != "auto":
             return self._backend
         if self.nnz == 0:
             return "lowrank"
-        return "fused" if self.u.device.type == "cpu" else "dense"
+        (m, n), g = self.matrix_shape, self.groups
+        work = SPARSE_COST * self.density + self.rank * (m + g * n) / (m * n)
+        return "fused" if self.u.device.type == "cpu" and work < 1 else "dense"
 
     @backend.setter
     def backend(self, choice: str) -> None:

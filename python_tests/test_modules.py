@@ -57,7 +57,7 @@ def test_conv_backends_agree_forward_and_backward(name):
     conv = conv_of(name).double()
     fused = CMDConv2d.from_dense(conv, rank=1, density=0.3)
     dense = copy.deepcopy(fused)
-    dense.backend = "dense"
+    fused.backend, dense.backend = "fused", "dense"
     assert (fused.backend, dense.backend) == ("fused", "dense")
     x = torch.randn(2, 8, 11, 13, dtype=torch.float64, requires_grad=True)
     gradients = []
@@ -93,6 +93,18 @@ def test_lowrank_backend_is_chosen_for_an_empty_s():
         want = layer(x)
         layer.backend = "fused"
         torch.testing.assert_close(layer(x), want, rtol=1e-4, atol=1e-5)
+
+
+def test_a_sparse_branch_that_would_be_slower_than_w_is_computed_densely():
+    x = torch.randn(2, 8, 6, 6)
+    for density, backend in ((0.1, "fused"), (0.6, "dense")):
+        layer = CMDConv2d.from_dense(conv_of("plain"), rank=1, density=density)
+        assert layer.backend == backend
+        want = layer(x)
+        layer.backend = "fused"
+        torch.testing.assert_close(layer(x), want, rtol=1e-4, atol=1e-5)
+        layer.backend = "auto"
+        assert layer.backend == backend
 
 
 def test_backend_refuses_what_it_cannot_do():
