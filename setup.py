@@ -18,6 +18,7 @@ import shlex
 import shutil
 import sys
 import sysconfig
+import textwrap
 from collections.abc import Mapping
 
 from setuptools import Extension, setup
@@ -97,12 +98,15 @@ def check_python_headers() -> None:
         raise SystemExit(f"cmd_ext: Python.h is missing; install it (`apt-get install {python}-dev`)")
 
 
+def short(error: Exception) -> str:
+    return textwrap.shorten(str(error) or repr(error), 160, placeholder=" ...")
+
+
 def import_torch():
     try:
         import torch
     except (ImportError, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise SystemExit(f"cmd_ext: building needs torch >= 2.11 ({reason}); run `pip install torch`") from None
+        raise SystemExit(f"cmd_ext: building needs torch >= 2.11 ({short(error)}); run `pip install torch`") from None
     if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 11):
         raise SystemExit(f"cmd_ext: building needs torch >= 2.11, got {torch.__version__}; run `pip install -U torch`")
     return torch
@@ -122,7 +126,8 @@ def build() -> dict:
         os.environ["CUDA_HOME"] = home  # read when torch's build code is imported
         os.environ["TORCH_CUDA_ARCH_LIST"] = os.environ.get("TORCH_CUDA_ARCH_LIST") or arch_list(version)
     os.environ["MAX_JOBS"] = os.environ.get("MAX_JOBS") or str(default_jobs())
-    os.environ["PATH"] += os.pathsep + os.path.dirname(sys.executable)  # ninja of an environment that is not activated
+    # Last on PATH: the ninja of an environment that is not activated.
+    os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", os.defpath), os.path.dirname(sys.executable)])
 
     from torch.utils import cpp_extension
 
@@ -167,9 +172,8 @@ def build() -> dict:
             try:
                 super().build_extensions()
             except (RuntimeError, OSError, BaseError, CompileError, LinkError) as error:
-                reason = str(error).strip().splitlines()[0]
                 raise SystemExit(
-                    f"cmd_ext: the build stopped ({reason}); the first error above says why. "
+                    f"cmd_ext: the build stopped ({short(error)}); the first error above says why. "
                     "If a compiler was killed, memory ran out: set MAX_JOBS=1"
                 ) from None
 

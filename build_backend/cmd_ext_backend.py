@@ -2,8 +2,9 @@
 
 Build isolation hides that environment's packages, but its interpreter still runs the build. Asked in a process of its
 own, it tells where torch is and what its `sys.path` was; both are appended to the build's. No second torch is
-downloaded: only where there is none, torch becomes a build requirement. Front ends that build in an environment of
-their own (`python -m build`, uv) get the torch of the activated one, or of the folder named by CMD_EXT_TORCH_SITE.
+downloaded: only where there is none, torch becomes a build requirement. Of the front ends that build in an environment
+of their own, `python -m build` gets the torch of the activated one; uv hides that, so it needs --no-build-isolation or
+CMD_EXT_TORCH_SITE, the folder above torch/.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ def _expose_torch() -> bool:
     if importlib.util.find_spec("torch"):
         return True
     folders = _torch_folders()
-    # At the end: the build environment's own setuptools, ninja and pybind11 come first.
+    # At the end: the build environment's own setuptools and ninja come first.
     sys.path.extend(folder for folder in folders if folder and folder not in sys.path)
     return bool(folders)
 

@@ -11,11 +11,13 @@ def _load_ops() -> None:
     folder = _Path(__file__).parent
     library = folder / "_ops.abi3.so"
     if not library.exists():
-        raise ImportError(f"cmd_ext: the op library is not built ({library} is missing); run `pip install .` in its source")
+        raise ImportError(
+            f"cmd_ext: the op library is not built ({library} is missing); run `pip install .` in its source"
+        )
     try:
         _torch.ops.load_library(str(library))
     except OSError as error:
-        reason = str(error).splitlines()[0]
+        reason = str(error.__cause__ or error).splitlines()[0]  # torch wraps the loader's own words
         raise ImportError(
             f"cmd_ext: the op library does not load under torch {_torch.__version__} (wants torch >= 2.11): {reason}; "
             "reinstall it against this torch with `pip install --force-reinstall --no-deps .`"

@@ -43,7 +43,9 @@ def _parser() -> argparse.ArgumentParser:
         return sub
 
     def network(sub: argparse.ArgumentParser) -> None:
-        sub.add_argument("--model", required=True, help="resnet56 and the like, torchvision:NAME, timm:NAME or module:callable")
+        sub.add_argument(
+            "--model", required=True, help="resnet56 and the like, torchvision:NAME, timm:NAME or module:callable"
+        )
         sub.add_argument("--weights", type=Path, help="safetensors file of trained weights")
         sub.add_argument("--data", type=Path, required=True, help="ImageFolder, tar of one, or CIFAR-10 folder")
         sub.add_argument("--batch-size", type=int, default=128)
@@ -52,15 +54,21 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = command("compress", _compress, "compress, fine-tune, save and report")
     network(sub)
-    sub.add_argument("--constraint", action="append", required=True, metavar="KIND=VALUE", help="e.g. params=30%%; may be repeated")
+    sub.add_argument(
+        "--constraint", action="append", required=True, metavar="KIND=VALUE", help="e.g. params=30%%; may be repeated"
+    )
     sub.add_argument("--search", default="allocate", help="allocate or uniform")
     sub.add_argument("--sparse-coefficient", type=float, help="share of S in the budget, for uniform")
     sub.add_argument("--calibration", type=int, default=512, help="training images that steer the allocation")
     sub.add_argument("--finetune-epochs", type=int, default=0)
     sub.add_argument("--lr", type=float, default=0.01)
-    sub.add_argument("--distill", type=float, default=0.5, help="weight of the distillation from the dense network, 0 to 1")
+    sub.add_argument(
+        "--distill", type=float, default=0.5, help="weight of the distillation from the dense network, 0 to 1"
+    )
     sub.add_argument("--seed", type=int, default=0)
-    sub.add_argument("--out", type=Path, required=True, help="folder for model.safetensors, plan.json, report.txt, stats.json")
+    sub.add_argument(
+        "--out", type=Path, required=True, help="folder for model.safetensors, plan.json, report.txt, stats.json"
+    )
 
     sub = command("eval", _eval, "top-1 accuracy of a network, dense or saved by compress")
     network(sub)
@@ -185,10 +193,11 @@ def _doctor(_args: argparse.Namespace) -> None:
     facts = {
         "cmd_ext": f"{cmd_ext.__version__} in {Path(cmd_ext.__file__).parent}",
         "python": f"{platform.python_version()} on {platform.platform()}",
-        "torch": f"{torch.__version__}, CUDA {torch.version.cuda or 'none (CPU build)'}, {torch.get_num_threads()} threads",
+        "torch": f"{torch.__version__}, CUDA {torch.version.cuda or 'none (CPU build)'}",
         "gpu": gpu,
-        "cpu": f"{os.cpu_count()} cores; kernels run as {_C.cpu_capability()}",
-        "built with": f"torch {build['torch']} (stable ABI {build['stable_abi']}), g++ {build['compiler']}, CUDA {build['cuda']}",
+        "cpu": f"{os.cpu_count()} cores, {torch.get_num_threads()} threads; kernels run as {_C.cpu_capability()}",
+        "built with": f"torch {build['torch']}, stable ABI {build['stable_abi']}",
+        "compiler, CUDA": f"g++ {build['compiler']}, {build['cuda']}",
         "operators": f"{', '.join(operators)} on {' and '.join(devices)}",
         "compiler here": version_of("c++", "--version"),
         "nvcc here": version_of("nvcc", "--version"),
@@ -245,7 +254,10 @@ def _demo(args: argparse.Namespace) -> None:
     if here != reloaded["sum"]:
         raise ValueError(f"demo: the reloaded network gives other outputs (sum {reloaded['sum']}, want {here})")
     print(result.stats)
-    print(f"after fine-tuning: {history.best_score:.4f}; reloaded in a new process: {reloaded['score']:.4f}, the same outputs")
+    print(
+        f"after fine-tuning: {history.best_score:.4f}; "
+        f"reloaded in a new process: {reloaded['score']:.4f}, the same outputs"
+    )
     print(f"{path}: {path.stat().st_size:,} bytes; all in {time.perf_counter() - start:.0f} s")
 
 

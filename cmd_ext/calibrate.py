@@ -1,4 +1,4 @@
-"""What a few batches of data tell about a model: its loss, its distance from another model, its batch-norm statistics."""
+"""What a few batches of data tell about a model: its loss, its distance from another, its batch-norm statistics."""
 
 from __future__ import annotations
 
@@ -71,7 +71,9 @@ def _tensor(output: Any) -> Tensor:
         return _tensor(output[0])
     if isinstance(output, Mapping) and output:
         return _tensor(next(iter(output.values())))
-    raise TypeError(f"calibration: the model must return a tensor or hold one (logits, tuple, dict), got {type(output)}")
+    raise TypeError(
+        f"calibration: the model must return a tensor or hold one (logits, tuple, dict), got {type(output)}"
+    )
 
 
 def divergence(reference: list[Tensor], got: list[Tensor]) -> float:
@@ -92,7 +94,10 @@ def loss(model: nn.Module, batches: list[Batch], reference: list[Tensor]) -> flo
     targets = [target for _, target in batches]
     classes = all(t is not None and t.dim() == 1 and not t.is_floating_point() for t in targets)
     if classes and got[0].dim() == 2:
-        total = sum(F.cross_entropy(o.float(), t.to(o.device), reduction="sum").item() for o, t in zip(got, targets, strict=True))
+        total = sum(
+            F.cross_entropy(o.float(), t.to(o.device), reduction="sum").item()
+            for o, t in zip(got, targets, strict=True)
+        )
         return total / sum(len(t) for t in targets)
     return divergence(reference, got)
 
@@ -150,7 +155,9 @@ def recalibrate_batchnorm(model: nn.Module, loader: Iterable, n_batches: int | N
     return model
 
 
-def recalibrate_if_better(model: nn.Module, batches: list[Batch], reference: list[Tensor]) -> tuple[float, float] | None:
+def recalibrate_if_better(
+    model: nn.Module, batches: list[Batch], reference: list[Tensor]
+) -> tuple[float, float] | None:
     """recalibrate_batchnorm, undone unless the loss on the batches falls. Returns the loss (before, after)."""
     norms = _batch_norms(model)
     if not norms:

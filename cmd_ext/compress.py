@@ -202,7 +202,17 @@ def compress(
         reference = outputs(compressed, batches)
         layers, pinned = _layers(compressed, chosen, overrides, dense_profile)
         choice, trade_off = _search(
-            search, compressed, layers, pinned, batches, reference, limits, dense_profile, sparse_coefficient, round_to, progress
+            search,
+            compressed,
+            layers,
+            pinned,
+            batches,
+            reference,
+            limits,
+            dense_profile,
+            sparse_coefficient,
+            round_to,
+            progress,
         )
         plan = _plan(layers, pinned, choice, skipped, n_iter)
         compressed = apply_plan(compressed, plan, progress=progress)
@@ -227,7 +237,9 @@ def candidates(
     for name in overrides:
         if name not in names:
             near = get_close_matches(name, names, 1)
-            raise ValueError(f"compress: overrides names no layer {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+            raise ValueError(
+                f"compress: overrides names no layer {name!r}" + (f"; did you mean {near[0]!r}?" if near else "")
+            )
     chosen, skipped, owners = [], {}, _owners(model)
     for name, module in model.named_modules():
         reason = _reason(name, module, owners, filter_fn, overrides.get(name), min_size)
@@ -260,7 +272,8 @@ def _reason(name, module, owners, filter_fn, override, min_size) -> str | None:
     if not isinstance(module, (nn.Conv2d, nn.Linear)):
         return ""
     if type(module) not in _LAYER_OF:
-        return f"{type(module).__name__} is a subclass of nn.{type(module).__mro__[1].__name__}; its owner may use the weight itself"
+        base = "nn.Conv2d" if isinstance(module, nn.Conv2d) else "nn.Linear"
+        return f"{type(module).__name__} is a subclass of {base}; its owner may use the weight itself"
     if weight is None:
         return "weight is parametrised"
     if len(owners[id(weight)]) > 1:
@@ -317,14 +330,17 @@ def _layers(model, chosen, overrides, dense: Profile) -> tuple[list[search.Layer
 def _override_sizes(name: str, entry: Any, layer: search.Layer) -> tuple[int, int]:
     known = {"rank", "density", "nnz", "budget", "sparse_coefficient"}
     if not isinstance(entry, dict) or not entry or entry.keys() - known:
-        raise ValueError(f"compress: overrides[{name!r}] must be 'dense' or a dict of {', '.join(sorted(known))}, got {entry!r}")
+        raise ValueError(
+            f"compress: overrides[{name!r}] must be 'dense' or a dict of {', '.join(sorted(known))}, got {entry!r}"
+        )
     if "budget" in entry:
         return split_budget(layer.m, layer.n, entry["budget"], entry.get("sparse_coefficient"), layer.groups)
     rank, nnz = entry.get("rank", 0), entry.get("nnz", round(entry.get("density", 0) * layer.size))
     full = min(layer.m // layer.groups, layer.n)
     if not 0 <= rank <= full or not 0 <= nnz <= layer.size:
         raise ValueError(
-            f"compress: overrides[{name!r}] wants rank in [0, {full}] and nnz in [0, {layer.size}], got rank {rank}, nnz {nnz}"
+            f"compress: overrides[{name!r}] wants rank in [0, {full}] and nnz in [0, {layer.size}], "
+            f"got rank {rank}, nnz {nnz}"
         )
     return rank, nnz
 
@@ -360,11 +376,10 @@ def _search(
 
 def _first_samples(batches, reference, samples: int = 256):
     """The leading batches that hold `samples` samples: enough to rank layers."""
-    count = 0
-    for used, output in enumerate(reference, 1):
-        count += len(output)
-        if count >= samples:
-            break
+    used = count = 0
+    while used < len(reference) and count < samples:
+        count += len(reference[used])
+        used += 1
     return batches[:used], reference[:used]
 
 
@@ -406,7 +421,9 @@ def apply_plan(fresh_model: nn.Module, plan: Plan, *, progress: bool = False) ->
     with _Bar(len(plan.layers), "decompose", progress) as bar:
         for name, entry in plan.layers.items():
             dense = modules[name]
-            fit = decompose(dense.weight, rank=entry["rank"], nnz=entry["nnz"], n_iter=plan.n_iter, groups=entry["groups"])
+            fit = decompose(
+                dense.weight, rank=entry["rank"], nnz=entry["nnz"], n_iter=plan.n_iter, groups=entry["groups"]
+            )
             fresh_model = replace(fresh_model, name, _LAYER_OF[type(dense)]._from_fit(dense, fit))
             bar.step()
     return fresh_model
@@ -443,7 +460,7 @@ class _Bar:
                 from tqdm import tqdm
             except ImportError:
                 return
-            self._bar = tqdm(total=total, desc=label, leave=False)
+            self._bar = tqdm(total=total, desc=label, leave=False, disable=None)  # None: only on a terminal
 
     def step(self) -> None:
         if self._bar is not None:

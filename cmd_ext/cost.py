@@ -36,7 +36,10 @@ def kept_bytes(m: int, n: int, groups: int, rank: int, nnz: int, element: int) -
 
 def layer_bytes(module: nn.Module) -> int:
     """Bytes of a module's own parameters and saved buffers as `save` writes them."""
-    own = {**module._parameters, **{k: b for k, b in module._buffers.items() if k not in module._non_persistent_buffers_set}}
+    own = {
+        **module._parameters,
+        **{k: b for k, b in module._buffers.items() if k not in module._non_persistent_buffers_set},
+    }
     total = sum(t.numel() * t.element_size() for t in own.values() if t is not None)
     if isinstance(module, CMD_LAYERS):
         total -= module.nnz * (4 - index_dtype(module.matrix_shape[1]).itemsize)
@@ -148,7 +151,9 @@ class _Probe:
         self.total: list[float] = []
         self.macs: dict[nn.Module, int] = {}
         self.started: dict[nn.Module, float] = {}
-        self.layers = {m: name for name, m in model.named_modules() if any(p is not None for p in m._parameters.values())}
+        self.layers = {
+            m: name for name, m in model.named_modules() if any(p is not None for p in m._parameters.values())
+        }
         self.handles = []
         for module in self.layers:
             self.handles.append(module.register_forward_pre_hook(self._before))
@@ -223,5 +228,7 @@ class _Probe:
 def stored_bytes(model: nn.Module) -> int:
     """Bytes of all parameters and saved buffers as `save` writes them, shared tensors once."""
     sharing = sum(p.numel() * p.element_size() for p in model.parameters())
-    separate = sum(p.numel() * p.element_size() for m in model.modules() for p in m._parameters.values() if p is not None)
+    separate = sum(
+        p.numel() * p.element_size() for m in model.modules() for p in m._parameters.values() if p is not None
+    )
     return sum(layer_bytes(module) for module in model.modules()) - (separate - sharing)

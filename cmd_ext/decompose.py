@@ -65,7 +65,7 @@ class Decomposition:
 def split_budget(
     m: int, n: int, budget: float, sparse_coefficient: float | None = None, groups: int = 1
 ) -> tuple[int, int]:
-    """(rank, nnz) of a budget: nnz = floor(c * budget * m * n), rank = floor((1 - c) * budget * m * n / (m + groups * n)).
+    """(rank, nnz) of a budget, with B = budget * m * n: nnz = floor(c B), rank = floor((1 - c) B / (m + groups * n)).
 
     Args:
         m, n: matrix shape; n per group.
@@ -273,7 +273,9 @@ def _results(w, u, v, s: _Sparse, groups: int, history: list[Tensor]) -> list[De
     u, v = u.reshape(b, m, -1), v.reshape(b, -1, n)
     fits = []
     for i in range(b):
-        fit = Decomposition(u[i].contiguous(), v[i].contiguous(), *s.parts[i], 0.0, [float(h[i]) for h in history], groups)
+        fit = Decomposition(
+            u[i].contiguous(), v[i].contiguous(), *s.parts[i], 0.0, [float(h[i]) for h in history], groups
+        )
         norm = w[i].double().norm()
         fit.relative_error = float((w[i].double() - fit.to_dense().double()).norm() / norm) if norm > 0 else 0.0
         fits.append(fit)

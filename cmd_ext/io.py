@@ -122,7 +122,9 @@ def _tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
             continue
         seen[key] = name
         # A copy of its own for each: safetensors refuses tensors that overlap in memory.
-        tensors[name] = value.detach().to("cpu", narrow.get(name, value.dtype)).clone(memory_format=torch.contiguous_format)
+        tensors[name] = (
+            value.detach().to("cpu", narrow.get(name, value.dtype)).clone(memory_format=torch.contiguous_format)
+        )
     return tensors, aliases
 
 

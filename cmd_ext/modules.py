@@ -7,7 +7,6 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.utils import _pair
 
 from . import ops
 from .decompose import Decomposition, decompose
@@ -112,7 +111,9 @@ class _LowRankSparse(nn.Module):
     def _matrix(self) -> Tensor:
         """U V + S as [m, n], differentiable."""
         m, n = self.matrix_shape
-        low_rank = torch.bmm(self.u.view(self.groups, m // self.groups, self.rank), self.v.view(self.groups, self.rank, n)).view(m, n)
+        low_rank = torch.bmm(
+            self.u.view(self.groups, m // self.groups, self.rank), self.v.view(self.groups, self.rank, n)
+        ).view(m, n)
         counts = self.row_ptr.diff().long()
         rows = torch.repeat_interleave(torch.arange(m, device=counts.device), counts, output_size=self.nnz)
         return low_rank.flatten().index_add(0, rows * n + self.col_idx, self.values).view(m, n)
@@ -164,7 +165,7 @@ class _LowRankSparse(nn.Module):
         return ops.Pattern.from_csr(row_ptr, col_idx, n, g)
 
     def _v(self) -> Tensor:
-        """V for the low-rank path. The empty `values` join in (as + 0) so that DDP sees a gradient of every parameter."""
+        """V for the low-rank path; the empty `values` join in (as + 0) so that DDP finds a gradient for all."""
         return self.v + self.values.sum() if torch.is_grad_enabled() else self.v
 
     def _extra(self) -> str:
@@ -314,9 +315,7 @@ class CMDConv2d(_LowRankSparse):
         geometry = (self.stride, self._inner_padding, self.dilation, self.groups)
         backend = self.backend
         if backend == "fused":
-            return ops.lrs_conv2d(
-                x, self.u, self.v, self.values, self.pattern, self.bias, self.kernel_size, *geometry
-            )
+            return ops.lrs_conv2d(x, self.u, self.v, self.values, self.pattern, self.bias, self.kernel_size, *geometry)
         if backend == "lowrank" and self.rank > 0:
             z = F.conv2d(x, self._v().view(-1, self.in_channels // self.groups, *self.kernel_size), None, *geometry)
             return F.conv2d(z, self.u.view(*self.u.shape, 1, 1), self.bias, groups=self.groups)
@@ -350,8 +349,12 @@ def replace(model: nn.Module, name: str, layer: nn.Module) -> nn.Module:
     parent = model.get_submodule(name.rpartition(".")[0])
     setattr(parent, name.rpartition(".")[2], layer)
     if isinstance(parent, nn.TransformerEncoderLayer):
-        # Its inference fast path reads the weights and never calls the layers; this flag is what switches it off.
+        # Its inference fast path reads the weights and never calls the layers, and the encoder's feeds it nested
+        # tensors; these flags are what switches the two off.
         parent.activation_relu_or_gelu = 0
+        for module in model.modules():
+            if isinstance(module, nn.TransformerEncoder):
+                module.use_nested_tensor = False
     return model
 
 
@@ -362,9 +365,7 @@ def _fit(layer: nn.Module, rank, density, budget, sparse_coefficient, **options)
         if not 0 <= density <= 1:
             raise ValueError(f"from_dense: density must lie in [0, 1], got {density}")
         nnz = round(density * layer.weight.numel())
-    return decompose(
-        layer.weight, rank=rank, nnz=nnz, budget=budget, sparse_coefficient=sparse_coefficient, **options
-    )
+    return decompose(layer.weight, rank=rank, nnz=nnz, budget=budget, sparse_coefficient=sparse_coefficient, **options)
 
 
 def _densify(layer: _LowRankSparse, dense: nn.Module) -> nn.Module:

@@ -61,7 +61,7 @@ class Layer:
 
 @dataclass
 class Candidate:
-    """One way to hold a layer. rank None is dense. error is the squared relative weight error, loss what is minimised."""
+    """One way to hold a layer: rank None is dense, error the squared relative weight error, loss what is minimised."""
 
     rank: int | None
     nnz: int | None
@@ -210,7 +210,8 @@ def check_reachable(curves: dict[str, list[Candidate]], fixed: dict[str, float],
         closest = fixed[kind] + sum(min(c.costs[kind] for c in curve) for curve in curves.values())
         if closest > limit:
             raise UnsatisfiableError(
-                f"compress: {kind} <= {limit:,.0f} cannot be met; the closest reachable value is {closest:,.0f}", closest
+                f"compress: {kind} <= {limit:,.0f} cannot be met; the closest reachable value is {closest:,.0f}",
+                closest,
             )
 
 
@@ -248,7 +249,9 @@ def _pick(curves, weights, limits, multiplier) -> Choice:
 
 def _bisect(curves, fixed, limits, weights) -> Choice:
     low, high = -30.0, 30.0  # log of the multiplier; the high end takes the cheapest candidates
-    choice = {name: min(curve, key=lambda c: sum(c.costs[k] / limits[k] for k in limits)) for name, curve in curves.items()}
+    choice = {
+        name: min(curve, key=lambda c: sum(c.costs[k] / limits[k] for k in limits)) for name, curve in curves.items()
+    }
     for _ in range(60):
         middle = (low + high) / 2
         trial = _pick(curves, weights, limits, math.exp(middle))
@@ -295,7 +298,9 @@ def uniform(
             costs = layer.costs(rank, nnz)
             dense = layer.costs(None, None)
             pays = all(costs[kind] < dense[kind] for kind in limits)
-            choice[layer.name] = Candidate(rank, nnz, 0.0, 0.0, costs) if pays else Candidate(None, None, 0.0, 0.0, dense)
+            choice[layer.name] = (
+                Candidate(rank, nnz, 0.0, 0.0, costs) if pays else Candidate(None, None, 0.0, 0.0, dense)
+            )
         return choice
 
     low, high = 0.0, 1.0

@@ -21,9 +21,9 @@ class Net(nn.Module):
         self.stem = nn.Conv2d(3, 8, 3, padding=1)
         self.body = nn.Conv2d(8, 32, 3, padding=1, stride=2)
         self.norm = nn.BatchNorm2d(32)
-        self.depthwise = nn.Conv2d(32, 32, 9, padding=4, groups=32)
+        self.depthwise = nn.Conv2d(32, 32, 3, padding=1, groups=32)
         self.grouped = nn.Conv2d(32, 32, 3, padding=1, groups=2)
-        self.up = nn.ConvTranspose2d(32, 32, 2, stride=2)
+        self.up = nn.ConvTranspose2d(32, 32, 2, stride=2, groups=4)
         self.head = nn.Linear(32, 64)
         self.tied = nn.Linear(64, 64)
         self.tied_too = nn.Linear(64, 64)
@@ -77,7 +77,7 @@ def test_every_skipped_layer_has_its_reason(net):
         net, x, constraints={"params": "80%"}, filter_fn=lambda name, _: name != "head", progress=False
     ).stats.skipped
     assert skip["stem"] == "too small: 216 weights, fewer than min_size = 1024"
-    assert skip["depthwise"] == "depthwise convolution, 81 weights a channel"
+    assert skip["depthwise"] == "depthwise convolution, 9 weights a channel"
     assert skip["up"] == "transposed convolution"
     assert skip["head"] == "excluded by filter_fn"
     assert skip["tied"] == "shared weight (also tied_too)"
@@ -100,7 +100,7 @@ def test_overrides_win(net):
         "grouped": {"budget": 0.5, "sparse_coefficient": 0.0},
         "stem": {"rank": 2, "nnz": 10},
     }
-    result = cmd_ext.compress(net, x, constraints={"params": "70%"}, overrides=overrides, progress=False)
+    result = cmd_ext.compress(net, x, constraints={"params": "85%"}, overrides=overrides, progress=False)
     model = result.model
     assert (model.body.rank, model.body.nnz) == (3, round(0.25 * 32 * 72))
     assert (model.grouped.nnz, model.grouped.rank) == (0, int(0.5 * 32 * 144 / (32 + 2 * 144)))
@@ -147,10 +147,14 @@ def test_batchnorm_recalibration_is_kept_only_where_the_loss_falls(net):
     before, after = result.stats.batchnorm
     moved = not torch.equal(result.model.norm.running_mean, net.norm.running_mean)
     assert moved == (after < before)
-    # With statistics far off, recalibration must win.
+    # A confident network whose statistics were spoilt: recalibration must win.
+    with torch.no_grad():
+        net.out.weight *= 30
+        cmd_ext.recalibrate_batchnorm(net, data)
+        data = [(inputs, net(inputs).argmax(1)) for inputs, _ in data]
     net.norm.running_mean += 3
     net.norm.running_var *= 25
-    healed = cmd_ext.compress(net, x, constraints={"params": "90%"}, calibration=data, progress=False)
+    healed = cmd_ext.compress(net, x, constraints={"params": "100%"}, calibration=data, progress=False)
     before, after = healed.stats.batchnorm
     assert after < before
     assert not torch.equal(healed.model.norm.running_mean, net.norm.running_mean)
@@ -180,7 +184,9 @@ def test_plan_round_trip_gives_the_same_network(net):
 def test_a_foreign_plan_is_refused_and_changes_nothing(net):
     plan = Plan({"body": {"rank": 1, "nnz": 5, "shape": [32, 72], "groups": 1},
                  "head": {"rank": 1, "nnz": 5, "shape": [64, 33], "groups": 1}})  # fmt: skip
-    with pytest.raises(ValueError, match=r"wants a convolution or linear layer 'head' \[64, 33\].*got Linear 'head' \[64, 32\]"):
+    with pytest.raises(
+        ValueError, match=r"wants a convolution or linear layer 'head' \[64, 33\].*got Linear 'head' \[64, 32\]"
+    ):
         cmd_ext.apply_plan(net, plan)
     assert type(net.body) is nn.Conv2d
     with pytest.raises(ValueError, match="got no 'neck'"):
@@ -243,7 +249,6 @@ def test_allocate_finds_the_best_choice_of_a_small_problem():
     choice = allocate(curves, fixed, limits)
     assert total_costs(choice, fixed)["params"] <= 17
 
-
     best = min(
         sum(c.loss for c in combination)
         for combination in itertools.product(*curves.values())
@@ -259,6 +264,7 @@ def test_a_single_layer_is_a_network_too():
     assert result.model(x).shape == (3, 64)
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 def test_transformer_layers_run_their_compressed_linears():
     model = nn.TransformerEncoder(nn.TransformerEncoderLayer(64, 4, 128, batch_first=True), 2).eval()
     x = torch.randn(2, 7, 64)
@@ -291,7 +297,7 @@ def test_profile_counts_what_can_be_counted_by_hand():
     body = profile["body"]
     assert (body.shape, body.params, body.bytes) == ("32x72", 32 * 72 + 32, 4 * (32 * 72 + 32))
     assert body.macs == 16 * 36 * 32 * 72
-    assert profile["up"].macs == 16 * 36 * 32 * 32 * 4
+    assert profile["up"].macs == 16 * 36 * 32 * 8 * 4
     assert profile.total.params == sum(p.numel() for p in net.parameters())
     assert profile.total.bytes == sum(t.numel() * t.element_size() for t in net.state_dict().values()) - 4 * 64 * 64
     assert profile.total.ms >= max(row.ms for row in profile) > 0

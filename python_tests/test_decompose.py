@@ -1,6 +1,7 @@
 """decompose(): accuracy against the textbook alternation, exact ends, sizes, refusals."""
 
 import time
+from itertools import pairwise
 
 import pytest
 import torch
@@ -72,10 +73,13 @@ def test_the_second_half_of_the_passes_never_raises_the_error():
     fit = decompose(structured(64, 200, 3, torch.float64), budget=0.4, sparse_coefficient=0.6, n_iter=40, tol=0.0)
     assert len(fit.history) == 40
     last = fit.history[20:]
-    assert all(b <= a * (1 + 1e-12) for a, b in zip(last, last[1:], strict=False))
+    assert all(b <= a * (1 + 1e-12) for a, b in pairwise(last))
     assert fit.history[-1] == pytest.approx(fit.relative_error, rel=1e-6)
     assert fit.relative_error == pytest.approx(
-        ((fit.to_dense() - structured(64, 200, 3, torch.float64)).norm() / structured(64, 200, 3, torch.float64).norm()).item()
+        (
+            (fit.to_dense() - structured(64, 200, 3, torch.float64)).norm()
+            / structured(64, 200, 3, torch.float64).norm()
+        ).item()
     )
 
 
@@ -88,7 +92,12 @@ def test_more_passes_and_tol():
 
 
 def test_batch_equals_single_and_keeps_the_order():
-    weights = [structured(20, 30, 1), structured(12, 18, 2), structured(20, 30, 3), structured(4, 8, 4).view(4, 2, 2, 2)]
+    weights = [
+        structured(20, 30, 1),
+        structured(12, 18, 2),
+        structured(20, 30, 3),
+        structured(4, 8, 4).view(4, 2, 2, 2),
+    ]
     batch = decompose_batch(weights, budget=0.5, tol=0.0)
     for w, fit in zip(weights, batch, strict=True):
         alone = decompose(w, budget=0.5, tol=0.0)
@@ -114,7 +123,9 @@ def test_degenerate_weights():
     identity = decompose(torch.eye(16), rank=4, nnz=12)  # 16 equal singular values
     assert identity.relative_error < 0.51
     tiny, huge = structured(16, 24, 6) * 1e-20, structured(16, 24, 6) * 1e15
-    assert decompose(tiny, budget=0.5).relative_error == pytest.approx(decompose(huge, budget=0.5).relative_error, rel=0.05)
+    assert decompose(tiny, budget=0.5).relative_error == pytest.approx(
+        decompose(huge, budget=0.5).relative_error, rel=0.05
+    )
 
 
 def test_large_short_side_uses_the_subspace_start_and_is_reproducible():
@@ -144,7 +155,12 @@ def test_works_under_autocast_without_gradients_and_in_half():
         (torch.ones(4, 6), {"nnz": 25}, ValueError, r"nnz must lie in \[0, m \* n\] = \[0, 24\], got 25"),
         (torch.ones(4, 6), {"rank": -1}, ValueError, "rank must lie in .*got -1"),
         (torch.ones(4, 6), {"budget": 1.2}, ValueError, r"budget must lie in \[0, 1\], got 1.2"),
-        (torch.ones(4, 6), {"budget": 0.5, "sparse_coefficient": 2}, ValueError, "sparse_coefficient must lie in .*got 2"),
+        (
+            torch.ones(4, 6),
+            {"budget": 0.5, "sparse_coefficient": 2},
+            ValueError,
+            "sparse_coefficient must lie in .*got 2",
+        ),
         (torch.ones(4, 6), {"rank": 1, "sparse_coefficient": 0.5}, ValueError, "sparse_coefficient divides a budget"),
         (torch.ones(4, 6), {"rank": 1, "budget": 0.5}, ValueError, "got both"),
         (torch.ones(4, 6), {}, ValueError, "got none of them"),
@@ -153,7 +169,12 @@ def test_works_under_autocast_without_gradients_and_in_half():
         (torch.ones(4), {"rank": 1}, ValueError, r"weight must be a non-empty \[m, n\].*got \[4\]"),
         (torch.ones(0, 4), {"rank": 0}, ValueError, r"non-empty.*got \[0, 4\]"),
         (torch.ones(4, 6).int(), {"rank": 1}, TypeError, "weight must be float32.*got torch.int32"),
-        (torch.tensor([[1.0, float("nan")]]), {"rank": 1}, ValueError, "weight must be finite, got 1 NaN or Inf among 2"),
+        (
+            torch.tensor([[1.0, float("nan")]]),
+            {"rank": 1},
+            ValueError,
+            "weight must be finite, got 1 NaN or Inf among 2",
+        ),
         (torch.tensor([[1.0, float("inf")]]), {"nnz": 1}, ValueError, "weight must be finite"),
     ],
 )

@@ -128,7 +128,10 @@ DAMAGES = {
     "empty": (lambda p: p.write_bytes(b""), "no complete safetensors file"),
     "text": (lambda p: p.write_text("hello " * 100), "no complete safetensors file"),
     "foreign": (lambda p: save_file({"a": torch.ones(2)}, p), "was not written by cmd_ext.save"),
-    "version": (lambda p: rewrite(p, change_content=lambda c: c.update(version=9)), "format version 9, this cmd_ext reads 1"),
+    "version": (
+        lambda p: rewrite(p, change_content=lambda c: c.update(version=9)),
+        "format version 9, this cmd_ext reads 1",
+    ),
     "structure": (lambda p: rewrite(p, change_content=lambda c: c.update(layers=3)), "structure in .* is damaged"),
     "support": (
         lambda p: rewrite(p, lambda t: t["layer1.0.conv1.col_idx"].fill_(60000)),

@@ -69,7 +69,16 @@ def test_bad_arguments_give_one_line(images, tmp_path, capsys, arguments, messag
 def test_doctor_names_what_there_is(capsys):
     assert main(["doctor"]) == 0
     printed = capsys.readouterr().out
-    for word in ("torch", torch.__version__, "cpu", "built with", "operators", "lrs_conv2d", "compiler here", "nvcc here"):
+    for word in (
+        "torch",
+        torch.__version__,
+        "cpu",
+        "built with",
+        "operators",
+        "lrs_conv2d",
+        "compiler here",
+        "nvcc here",
+    ):
         assert word in printed
 
 

@@ -50,12 +50,14 @@ def bench_decompose() -> Iterator[Row]:
         note = f"relative error {fit.relative_error:.4f} against {error:.4f}"
         if fit.relative_error > 1.005 * error:
             note += ": WORSE by more than 0.5 %"
-        yield Row(f"decompose {m}x{n}, budget .5, coefficient .5", ours, theirs, "cpu s", "100 passes, full SVDs", 10.0, note)
+        yield Row(
+            f"decompose {m}x{n}, budget .5, coefficient .5", ours, theirs, "cpu s", "100 passes, full SVDs", 10.0, note
+        )
 
 
 def bench_ops() -> Iterator[Row]:
     w = structured(512, 4608)
-    values, row_ptr, col_idx = ops.topk_csr(w, w.numel() // 20)
+    values, _, col_idx = ops.topk_csr(w, w.numel() // 20)
     want = ref.topk_csr(w, w.numel() // 20)
     assert torch.equal(values, want[0])
     assert torch.equal(col_idx, want[2])
@@ -86,7 +88,13 @@ def bench_ops() -> Iterator[Row]:
                 lambda x=last, d=last_dense: F.conv2d(x, d, padding=1),
             ]
         )
-        yield Row(f"lrs_conv2d 3x3 {c}@{side}, batch {batch}, r = c/8, 5 %", ours, min(plain, nhwc), "ms", "F.conv2d, best layout")
+        yield Row(
+            f"lrs_conv2d 3x3 {c}@{side}, batch {batch}, r = c/8, 5 %",
+            ours,
+            min(plain, nhwc),
+            "ms",
+            "F.conv2d, best layout",
+        )
 
 
 def _check(got: torch.Tensor, want: torch.Tensor) -> None:
@@ -116,7 +124,9 @@ def bench_network(folder: Path) -> Iterator[Row]:
     print(result.stats)
     before, compressed = result.stats.score
     yield Row("ResNet-56 dense, top-1", before, 0.8320, "", "published weights", None, "reproduces the dense figure")
-    yield Row("ResNet-56 at 50 % of params, no fine-tuning", compressed, before, "top-1", "dense", None, "wanted >= 0.78")
+    yield Row(
+        "ResNet-56 at 50 % of params, no fine-tuning", compressed, before, "top-1", "dense", None, "wanted >= 0.78"
+    )
     after = tuned(result.model)
     yield Row("the same, one epoch", after, before, "top-1", "dense as published", None, "wanted > 0.8320")
     dense_after = tuned(models.load_weights(models.create("resnet56"), folder / "pretrained" / "resnet56.safetensors"))

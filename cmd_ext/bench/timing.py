@@ -33,7 +33,16 @@ class Row:
 
     def cells(self) -> list[str]:
         target = "-" if self.wanted is None else f"{self.ratio:.2f} / {self.wanted:g}"
-        return [self.name, f"{self.ours:.4g}", f"{self.theirs:.4g}", self.unit, self.rival, f"{self.ratio:.2f}x", target, self.note]
+        return [
+            self.name,
+            f"{self.ours:.4g}",
+            f"{self.theirs:.4g}",
+            self.unit,
+            self.rival,
+            f"{self.ratio:.2f}x",
+            target,
+            self.note,
+        ]
 
     def to_dict(self) -> dict:
         return {**asdict(self), "ratio": self.ratio}
