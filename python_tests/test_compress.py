@@ -10,6 +10,7 @@ from torch import nn
 
 import cmd_ext
 from cmd_ext import CMDConv2d, CMDLinear, Plan, UnsatisfiableError, models
+from cmd_ext.calibrate import recalibrate_if_better
 from cmd_ext.search import Candidate, allocate, total_costs
 
 
@@ -147,17 +148,19 @@ def test_batchnorm_recalibration_is_kept_only_where_the_loss_falls(net):
     before, after = result.stats.batchnorm
     moved = not torch.equal(result.model.norm.running_mean, net.norm.running_mean)
     assert moved == (after < before)
-    # A confident network whose statistics were spoilt: recalibration must win.
+
+
+def test_batchnorm_recalibration_heals_spoilt_statistics():
+    model, x = nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 3)).eval(), torch.randn(64, 4)
     with torch.no_grad():
-        net.out.weight *= 30
-        cmd_ext.recalibrate_batchnorm(net, data)
-        data = [(inputs, net(inputs).argmax(1)) for inputs, _ in data]
-    net.norm.running_mean += 3
-    net.norm.running_var *= 25
-    healed = cmd_ext.compress(net, x, constraints={"params": "100%"}, calibration=data, progress=False)
-    before, after = healed.stats.batchnorm
+        model[1].weight *= 10
+        cmd_ext.recalibrate_batchnorm(model, [x])
+        batches, reference = [(x, model(x).argmax(1))], [model(x)]
+    healthy = model[0].running_mean.clone()
+    model[0].running_mean += 3
+    before, after = recalibrate_if_better(model, batches, reference)
     assert after < before
-    assert not torch.equal(healed.model.norm.running_mean, net.norm.running_mean)
+    torch.testing.assert_close(model[0].running_mean, healthy)
 
 
 def test_recalibrate_batchnorm_averages_over_the_batches():
