@@ -2,30 +2,27 @@
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import copy
 import hashlib
 import math
 import os
-import random
 import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, DistributedSampler, RandomSampler, SequentialSampler
 
-_T = TypeVar("_T")
-_FORMAT = "cmd_ext.finetune 1"
+from . import checkpoint as checkpoints
+from . import distributed
+
 _STEPS_PER_CHECK = 16  # reading every loss back would stall the device at every step
 
 
@@ -110,18 +107,18 @@ def finetune(
     )
     options.check()
     _check_arguments(model, train_loader, optimizer, lr, teacher)
-    device = _training_device(model, device)
-    _start_distributed(device)
+    device = distributed.training_device(model, device)
+    distributed.start(device)
     path = None if checkpoint is None else Path(checkpoint)
     if path is not None:
-        _first_rank_does(lambda: _check_writable(path))
+        distributed.first_rank_does(lambda: checkpoints.check_writable(path))
     model.to(device)
     if seed is not None:
-        _seed_everything(seed + _rank())
+        checkpoints.seed_everything(seed + distributed.rank())
     if optimizer is None:
         optimizer = _default_optimizer(model, 0.01 if lr is None else lr, momentum, weight_decay)
-    run = _Run(model, _shard(train_loader, seed), optimizer, device, options)
-    with _modes_kept(model, teacher), _Progress(progress and _rank() == 0, run.total_steps) as report:
+    run = _Run(model, distributed.shard(train_loader, seed), optimizer, device, options)
+    with _modes_kept(model, teacher), _Progress(progress and distributed.rank() == 0, run.total_steps) as report:
         run.train(path, report)
     return run.history
 
@@ -175,7 +172,7 @@ class _Run:
         self.peak_lrs = [group["lr"] for group in optimizer.param_groups]
         self.settings = _settings(model, optimizer, self.steps, options)
         self.scaler = torch.amp.GradScaler(enabled=device.type == "cuda" and options.amp_dtype is torch.float16)
-        self.sampler = _sampler(loader)
+        self.sampler = distributed.sampler_of(loader)
         generators = (getattr(loader, "generator", None), getattr(self.sampler, "generator", None))
         self.generators = list({id(g): g for g in generators if isinstance(g, torch.Generator)}.values())
         self.history = History()
@@ -183,7 +180,7 @@ class _Run:
         self.state: dict[str, Any] = {}
         self.best_state: dict[str, Any] = {}
         self.parallel = model
-        if _world_size() > 1:
+        if distributed.world_size() > 1:
             self.parallel = DistributedDataParallel(
                 model, device_ids=[device] if device.type == "cuda" else None, broadcast_buffers=False
             )
@@ -192,7 +189,7 @@ class _Run:
         """Run the epochs that are left and give the model its best state."""
         if self.options.teacher is not None:
             self.options.teacher.to(self.device).eval()
-        saved = _first_rank_does(lambda: _read(path, self.settings)) if path is not None else None
+        saved = distributed.first_rank_does(lambda: checkpoints.read(path, self.settings)) if path is not None else None
         if saved is None:
             self.finish_epoch(path)
             if self.history.initial_score is not None:
@@ -279,9 +276,9 @@ class _Run:
     def read_losses(self, losses: list[Tensor], last_step: int) -> float:
         """Sum of the last steps' losses, averaged over ranks; every rank fails if the loss of one is not finite."""
         values = torch.stack(losses).float()
-        if _world_size() > 1:
+        if distributed.world_size() > 1:
             dist.all_reduce(values)
-        values = (values / _world_size()).tolist()
+        values = (values / distributed.world_size()).tolist()
         for step, value in enumerate(values, last_step - len(values) + 1):
             if not math.isfinite(value):
                 self.fail(f"loss is {value}", step)
@@ -297,9 +294,9 @@ class _Run:
 
     def finish_epoch(self, path: Path | None) -> None:
         """Score the model, keep its state if it is the best one, write the checkpoint."""
-        if _world_size() > 1:
-            _copy_from_first_rank(self.model)
-        score = _first_rank_does(self.score)
+        if distributed.world_size() > 1:
+            distributed.copy_from_first_rank(self.model)
+        score = distributed.first_rank_does(self.score)
         self.state = {
             name: value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else copy.deepcopy(value)
             for name, value in self.model.state_dict().items()
@@ -312,7 +309,7 @@ class _Run:
             self.history.best_epoch, self.history.best_score, self.best_state = self.epoch, score, self.state
         if path is not None:
             content = self.content()
-            _first_rank_does(lambda: _write(path, content))
+            distributed.first_rank_does(lambda: checkpoints.write(path, content))
 
     def score(self) -> float | None:
         """What `evaluate` says of the model."""
@@ -328,12 +325,12 @@ class _Run:
 
     def content(self) -> dict[str, Any]:
         """What the checkpoint holds; plain containers, numbers, strings and tensors only."""
-        random_states: list[Any] = [_random_state(self.device, self.generators)]
-        if _world_size() > 1:
-            random_states *= _world_size()
+        random_states: list[Any] = [checkpoints.random_state(self.device, self.generators)]
+        if distributed.world_size() > 1:
+            random_states *= distributed.world_size()
             dist.all_gather_object(random_states, random_states[0])
         return {
-            "format": _FORMAT,
+            "format": checkpoints.FORMAT,
             "settings": self.settings,
             "epoch": self.epoch,
             "model": self.state,
@@ -353,7 +350,7 @@ class _Run:
         self.scaler.load_state_dict(saved["scaler"])
         self.history[:] = saved["history"]
         self.history.initial_score, self.history.best_epoch, self.history.best_score = saved["scores"]
-        _set_random_state(saved["random"][_rank()], self.device, self.generators)
+        checkpoints.set_random_state(saved["random"][distributed.rank()], self.device, self.generators)
 
 
 class _Progress:
@@ -438,7 +435,7 @@ def _settings(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, op
     groups = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
     settings = options.described() | {
         "steps per epoch": str(steps),
-        "ranks": str(_world_size()),
+        "ranks": str(distributed.world_size()),
         "optimizer": f"{type(optimizer).__name__} {groups}",
     }
     frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
@@ -458,165 +455,3 @@ def _modes_kept(*networks: nn.Module | None) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
-
-
-def _seed_everything(seed: int) -> None:
-    torch.manual_seed(seed)
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-
-
-def _random_state(device: torch.device, generators: list[torch.Generator]) -> dict[str, Any]:
-    name, keys, *rest = np.random.get_state()
-    return {
-        "python": random.getstate(),
-        "numpy": (name, keys.tolist(), *rest),
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
-        "generators": [generator.get_state() for generator in generators],
-    }
-
-
-def _set_random_state(state: dict[str, Any], device: torch.device, generators: list[torch.Generator]) -> None:
-    random.setstate(state["python"])
-    np.random.set_state(state["numpy"])
-    torch.set_rng_state(state["torch"])
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(state["cuda"], device)
-    for generator, saved in zip(generators, state["generators"], strict=True):
-        generator.set_state(saved)
-
-
-def _temporary(path: Path) -> Path:
-    return path.with_name(path.name + ".tmp")
-
-
-def _check_writable(path: Path) -> None:
-    try:
-        if path.is_dir():
-            raise IsADirectoryError(None, "it is a folder")
-        with open(_temporary(path), "wb"):
-            pass
-        os.unlink(_temporary(path))
-    except OSError as error:
-        raise OSError(
-            error.errno, f"finetune: the checkpoint cannot be written: {error.strerror}", str(path)
-        ) from error
-
-
-def _write(path: Path, content: dict[str, Any]) -> None:
-    """Replace the file at once: a run killed in here leaves the old checkpoint whole."""
-    with open(_temporary(path), "wb") as file:
-        torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(_temporary(path), path)
-
-
-def _read(path: Path, settings: dict[str, str]) -> dict[str, Any] | None:
-    """The checkpoint's content, None if there is no file."""
-    if not path.exists():
-        return None
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch and pickle raise whatever the broken bytes lead them to
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        raise ValueError(
-            f"finetune: checkpoint {path} is damaged or no checkpoint, delete it to start over: {reason}"
-        ) from error
-    if not isinstance(saved, dict) or saved.get("format") != _FORMAT:
-        raise ValueError(f"finetune: {path} must be a checkpoint of finetune ({_FORMAT}), got another file")
-    found = saved["settings"]
-    different = [name for name in settings | found if settings.get(name) != found.get(name)]
-    if different:
-        name = different[0]
-        raise ValueError(
-            f"finetune: checkpoint {path} is of another run: {name}: wanted {settings.get(name)}, got "
-            f"{found.get(name)} ({len(different)} of {len(settings | found)} settings differ)"
-        )
-    return saved
-
-
-def _world_size() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-def _rank() -> int:
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
-
-
-def _training_device(model: nn.Module, device: torch.device | str | None) -> torch.device:
-    chosen = next(model.parameters()).device if device is None else torch.device(device)
-    if chosen.type == "cuda" and (device is None or chosen.index is None) and "LOCAL_RANK" in os.environ:
-        return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-    return chosen
-
-
-def _start_distributed(device: torch.device) -> None:
-    """Join the other ranks if torchrun started this process; the group stays for later calls until exit."""
-    if device.type == "cuda" and "LOCAL_RANK" in os.environ:
-        torch.cuda.set_device(device)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        atexit.register(lambda: dist.is_initialized() and dist.destroy_process_group())
-
-
-def _first_rank_does(call: Callable[[], _T]) -> _T:
-    """The result of `call`, made on rank 0 only, on all ranks; if it fails there it fails on all."""
-    if _world_size() == 1:
-        return call()
-    outcome: list[Any] = [None, None]
-    failure = None
-    if _rank() == 0:
-        try:
-            outcome[0] = call()
-        except Exception as error:
-            failure = error
-            outcome[1] = f"rank 0: {type(error).__name__}: {error}"
-    dist.broadcast_object_list(outcome)
-    if failure is not None:
-        raise failure
-    if outcome[1] is not None:
-        raise RuntimeError(outcome[1])
-    return outcome[0]
-
-
-def _copy_from_first_rank(model: nn.Module) -> None:
-    """Batch-norm statistics differ between ranks after an epoch."""
-    for value in model.state_dict().values():
-        if isinstance(value, Tensor):
-            dense = value.contiguous()
-            dist.broadcast(dense, 0)
-            value.copy_(dense)
-
-
-def _sampler(loader: Any) -> Any:
-    return getattr(getattr(loader, "batch_sampler", None), "sampler", getattr(loader, "sampler", None))
-
-
-def _shard(loader: Any, seed: int | None) -> Any:
-    """The loader of this rank's share of the data."""
-    sampler = _sampler(loader)
-    if _world_size() == 1 or isinstance(sampler, DistributedSampler):
-        return loader
-    if not isinstance(loader, DataLoader) or type(sampler) not in (RandomSampler, SequentialSampler):
-        raise TypeError(
-            "finetune: with several ranks train_loader must be a DataLoader with a DistributedSampler, or with the "
-            f"order that shuffle=True or False gives, got {type(loader).__name__} with {type(sampler).__name__}"
-        )
-    shuffle = isinstance(sampler, RandomSampler)
-    return DataLoader(
-        loader.dataset,
-        loader.batch_size,
-        sampler=DistributedSampler(loader.dataset, shuffle=shuffle, seed=seed or 0, drop_last=loader.drop_last),
-        num_workers=loader.num_workers,
-        collate_fn=loader.collate_fn,
-        pin_memory=loader.pin_memory,
-        drop_last=loader.drop_last,
-        timeout=loader.timeout,
-        worker_init_fn=loader.worker_init_fn,
-        multiprocessing_context=loader.multiprocessing_context,
-        generator=loader.generator,
-        prefetch_factor=loader.prefetch_factor,
-        persistent_workers=loader.persistent_workers,
-    )

@@ -29,6 +29,7 @@ using simd::kLanes;
 using simd::Vec;
 
 constexpr int64_t kPackedBytes = 1 << 20;
+constexpr int64_t kVectorBytes = 32;
 constexpr int kTileVecs = 12;
 constexpr int64_t kRowBlock = 16;
 constexpr int64_t kGrainOps = 1 << 16;
@@ -59,8 +60,8 @@ struct Steps {
     strip = std::clamp<int64_t>(rows_that_fit - reach_h, std::min<int64_t>(rows, 4), rows);
     height = strip + reach_h;
     images = strip < rows ? 1 : std::clamp<int64_t>(rows_that_fit / height, 1, std::max<int64_t>(batch, 1));
-    // Slack: the last tile may run kTileVecs vectors and one kernel reach past the last position.
-    plane = images * height * pitch + reach_h * pitch + reach_w + kTileVecs * 64;
+    // Beyond the last position: the kernel's reach to the right and the rest of the last vector.
+    plane = images * height * pitch + reach_w + kVectorBytes / element;
   }
   int64_t strips() const { return ceil_div(rows, strip); }
   int64_t count() const { return ceil_div(batch, images) * strips(); }
