@@ -208,7 +208,7 @@ def _fit(w: Tensor, groups: int, rank: int, nnz: int, n_iter: int, tol: float, g
     else:
         u, v = _leading_part(blocks, rank, generator)
     history: list[Tensor] = []
-    passes = n_iter if rank > 0 and nnz > 0 else 1
+    passes = n_iter if 0 < rank < min(m // groups, n) and 0 < nnz < m * n else 1
     for t in range(1, passes + 1):
         growing = 2 * t < passes
         low_rank = torch.bmm(u, v).view(b, m, n)
@@ -230,6 +230,9 @@ def _improves(history: list[Tensor], tol: float) -> bool:
 def _leading_part(w: Tensor, rank: int, generator) -> tuple[Tensor, Tensor]:
     """The exact best rank-r part of each w [b, m, n] as orthonormal u [b, m, r] times v [b, r, n] (or the reverse)."""
     m, n = w.shape[1:]
+    if rank == min(m, n):  # nothing to approximate
+        identity = torch.eye(rank, dtype=w.dtype, device=w.device).expand(len(w), rank, rank)
+        return (identity, w) if m <= n else (w, identity)
     if min(m, n) <= _GRAM_SIDE:
         gram = torch.bmm(w, w.mT) if m <= n else torch.bmm(w.mT, w)
         try:

@@ -334,19 +334,40 @@ def test_torchvision_networks(name):
         assert result.model(x).shape == model(x).shape
     if name == "mobilenet_v3_small":
         assert any("depthwise" in reason for reason in result.stats.skipped.values())
+    check_full_decompositions(model, x[:1], 1 << 22, KINDS[2:] if name in ("vgg16", "alexnet") else KINDS)
+
+
+KINDS = ("rank", "s", "both")
+
+
+def check_full_decompositions(model: nn.Module, x: torch.Tensor, largest: int, kinds=KINDS) -> None:
+    """Full rank, full S, and both together give the dense outputs, computed by the sparse kernels."""
+    with torch.no_grad():
+        want = model(x)
+    for kind in kinds:
+        layers = {}
+        for name, module in model.named_modules():
+            if type(module) in (nn.Conv2d, nn.Linear):
+                m, n, groups = len(module.weight), module.weight[0].numel(), getattr(module, "groups", 1)
+                nnz = m * n if kind != "rank" and m * n <= largest else 0
+                rank = min(m // groups, n) if kind != "s" or nnz == 0 else 0
+                layers[name] = {"rank": rank, "nnz": nnz, "shape": [m, n], "groups": groups}
+        full = cmd_ext.apply_plan(copy.deepcopy(model), Plan(layers))
+        for module in full.modules():
+            if isinstance(module, (CMDConv2d, CMDLinear)):
+                module.backend = "fused"
+        with torch.no_grad():
+            got = full(x)
+        assert ((got - want).norm() / want.norm()).item() < 1e-4, kind
 
 
 @pytest.mark.parametrize("build", ["resnet20", "vgg16", "alexnet"])
-@pytest.mark.parametrize("kind", ["full rank", "full S"])
-def test_full_rank_or_full_s_reproduces_the_network(build, kind):
-    model = models.create(build).eval()
-    layers = {}
-    for name, module in model.named_modules():
-        if isinstance(module, (nn.Conv2d, nn.Linear)):
-            m, n = len(module.weight), module.weight[0].numel()
-            rank, nnz = (min(m, n), 0) if kind == "full rank" else (0, m * n)
-            layers[name] = {"rank": rank, "nnz": nnz, "shape": [m, n], "groups": 1}
-    x = torch.randn(2, 3, 32, 32)
-    want = model(x)
-    got = cmd_ext.apply_plan(copy.deepcopy(model), Plan(layers))(x)
-    assert ((got - want).norm() / want.norm()).item() < 1e-4
+def test_full_rank_and_full_s_reproduce_the_network(build):
+    check_full_decompositions(models.create(build).eval(), torch.randn(2, 3, 32, 32), 1 << 22)
+
+
+def test_full_rank_and_full_s_reproduce_a_transformer():
+    layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
+    x = torch.randn(2, 5, 32)
+    check_full_decompositions(model, x, 1 << 22)
