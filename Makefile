@@ -19,7 +19,7 @@ demo: install
 	$(BIN)/python -m cmd_ext demo
 
 test: cpp-test install
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
 bench: install
 	$(BIN)/python -m cmd_ext.bench

@@ -152,12 +152,13 @@ def decompose_batch(
     for (shape, dtype, device), members in batches.items():
         m, n = shape
         r, k = _sizes(m, n, groups, rank, nnz, budget, sparse_coefficient)
-        stack = torch.stack([matrix for _, matrix in members])
-        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        stack = torch.stack([matrix for _, matrix in members]).cpu()  # where the kernels are
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
             wide = stack.float() if dtype in (torch.bfloat16, torch.float16) else stack
             fits = _fit(wide, groups, r, k, n_iter, tol, generator)
         for (index, _), fit in zip(members, fits, strict=True):
-            fit.u, fit.v, fit.values = fit.u.to(dtype), fit.v.to(dtype), fit.values.to(dtype)
+            fit.u, fit.v, fit.values = (t.to(device, dtype) for t in (fit.u, fit.v, fit.values))
+            fit.row_ptr, fit.col_idx = fit.row_ptr.to(device), fit.col_idx.to(device)
             results[index] = fit
     return results
 

@@ -64,3 +64,14 @@ def lrs_conv2d(
 ) -> Tensor:
     weight = dense_weight(u, v, values, pattern, groups).view(u.shape[0], -1, *kernel_size)
     return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+
+
+def alternation(w: Tensor, rank: int, nnz: int, passes: int) -> float:
+    """The textbook fit of U V + S (GoDec): a full SVD and a full sort in every pass. Returns the relative error."""
+    s = torch.zeros_like(w)
+    for _ in range(passes):
+        u, sigma, vh = torch.linalg.svd(w - s, full_matrices=False)
+        rest = w - (u[:, :rank] * sigma[:rank]) @ vh[:rank]
+        kept = rest.abs().flatten().topk(nnz).indices
+        s = torch.zeros_like(w).view(-1).index_put((kept,), rest.flatten()[kept]).view_as(w)
+    return ((rest - s).norm() / w.norm()).item()

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 import cmd_ext
-from cmd_ext import CMDConv2d, CMDLinear, Plan, UnsatisfiableError, models
-from cmd_ext.calibrate import recalibrate_if_better
+from cmd_ext import CMDConv2d, CMDLinear, Plan, UnsatisfiableError, data, models
+from cmd_ext.calibrate import accuracy, recalibrate_if_better
 from cmd_ext.search import Candidate, allocate, total_costs
 
 
@@ -371,3 +371,25 @@ def test_full_rank_and_full_s_reproduce_a_transformer():
     model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
     x = torch.randn(2, 5, 32)
     check_full_decompositions(model, x, 1 << 22)
+
+
+@pytest.mark.data
+def test_a_trained_network_keeps_its_accuracy_at_half_of_the_parameters(data_dir):
+    mean_std = models.NORMALIZATION["resnet20"]
+    train, test = (data.open_dataset(data_dir / "cifar10.tar", split, *mean_std) for split in ("train", "test"))
+    net = models.load_weights(models.create("resnet20"), data_dir / "pretrained" / "resnet20.safetensors").eval()
+    calibration = list(data.loader(train, 128, limit=256))
+    scores = {}
+    for search in ("uniform", "allocate"):
+        result = cmd_ext.compress(
+            net,
+            calibration[0][0],
+            constraints={"params": "50%"},
+            search=search,
+            calibration=calibration,
+            progress=False,
+        )
+        scores[search] = accuracy(result.model, data.loader(test, 250, limit=2000))
+    dense = accuracy(net, data.loader(test, 250, limit=2000))
+    assert scores["allocate"] > dense - 0.06
+    assert scores["allocate"] >= scores["uniform"] - 0.01

@@ -30,23 +30,12 @@ def structured(m: int, n: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(m, n, generator=g) * torch.randn(m, n, generator=g).abs() + 0.3 * low
 
 
-def alternation(w: torch.Tensor, rank: int, nnz: int, passes: int) -> float:
-    """The textbook fit: a full SVD and a full sort in every pass. Returns the relative error."""
-    s = torch.zeros_like(w)
-    for _ in range(passes):
-        u, sigma, vh = torch.linalg.svd(w - s, full_matrices=False)
-        rest = w - (u[:, :rank] * sigma[:rank]) @ vh[:rank]
-        kept = rest.abs().flatten().topk(nnz).indices
-        s = torch.zeros(w.numel()).index_put((kept,), rest.flatten()[kept]).view_as(w)
-    return ((rest - s).norm() / w.norm()).item()
-
-
 def bench_decompose() -> Iterator[Row]:
     for m, n in ((384, 384), (384, 1536)):
         w = structured(m, n)
         rank, nnz = split_budget(m, n, 0.5, 0.5)
         ours, fit = cpu_seconds(lambda w=w: cmd_ext.decompose(w, budget=0.5, sparse_coefficient=0.5))
-        theirs, error = cpu_seconds(lambda w=w, r=rank, k=nnz: alternation(w, r, k, 100))
+        theirs, error = cpu_seconds(lambda w=w, r=rank, k=nnz: ref.alternation(w, r, k, 100))
         note = f"relative error {fit.relative_error:.4f} against {error:.4f}"
         if fit.relative_error > 1.005 * error:
             note += ": WORSE by more than 0.5 %"
