@@ -10,8 +10,12 @@ import torch
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # A later line wins: torch's compiler warns about torch's own use of torch.jit.
-    for line in ("error", "ignore::DeprecationWarning:torch"):
+    # A later line wins. Torch warns of itself: its compiler of its use of torch.jit, opcheck of reading a .grad.
+    for line in (
+        "error",
+        "ignore::DeprecationWarning:torch",
+        "ignore:The .grad attribute of a Tensor that is not a leaf",
+    ):
         config.addinivalue_line("filterwarnings", line)
 
 

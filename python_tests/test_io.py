@@ -18,7 +18,7 @@ from cmd_ext.cost import stored_bytes
 @pytest.fixture(scope="module")
 def compressed() -> nn.Module:
     torch.manual_seed(0)
-    model = models.create("resnet20").eval()
+    model = models.create("resnet56").eval()
     x = torch.randn(2, 3, 32, 32)
     return cmd_ext.compress(model, x, constraints={"params": "40%"}, search="uniform", progress=False).model
 
@@ -34,7 +34,7 @@ RELOAD = """
 import sys, torch, cmd_ext
 from cmd_ext import models
 x = torch.load(sys.argv[2], weights_only=True)
-model = cmd_ext.load(sys.argv[1], models.create("resnet20")).eval()
+model = cmd_ext.load(sys.argv[1], models.create("resnet56")).eval()
 torch.save(model(x).detach(), sys.argv[3])
 """
 
@@ -49,7 +49,7 @@ def test_a_new_process_gives_bitwise_the_same_outputs(compressed, saved, tmp_pat
 
 def test_loads_into_dense_and_compressed_models_in_place(compressed, saved):
     x = torch.randn(2, 3, 32, 32)
-    fresh = models.create("resnet20").eval()
+    fresh = models.create("resnet56").eval()
     assert cmd_ext.load(saved, fresh) is fresh
     assert torch.equal(fresh(x), compressed(x))
     assert torch.equal(cmd_ext.load(saved, fresh)(x), compressed(x))
@@ -150,7 +150,7 @@ DAMAGES = {
 def test_a_damaged_file_is_named_and_the_model_stays_as_it_was(saved, name):
     damage, message = DAMAGES[name]
     damage(saved)
-    model = models.create("resnet20")
+    model = models.create("resnet56")
     before = {k: v.clone() for k, v in model.state_dict().items()}
     with pytest.raises(ValueError, match=message):
         cmd_ext.load(saved, model)
