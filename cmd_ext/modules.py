@@ -12,8 +12,9 @@ from . import ops
 from .decompose import Decomposition, decompose
 
 BACKENDS = ("auto", "fused", "lowrank", "dense")
-# Time of a multiply-add of the sparse kernels in units of one of torch's dense convolution, from ResNet-56's layers.
-SPARSE_COST = 3.0
+# Time of a multiply-add of the sparse kernels, and of the thin low-rank products, in units of a dense layer's:
+# break-even densities of 3x3 convolutions and linear layers lie near 1/4 on AVX2.
+SPARSE_COST, LOWRANK_COST = 4.0, 2.0
 
 
 class _LowRankSparse(nn.Module):
@@ -97,7 +98,7 @@ class _LowRankSparse(nn.Module):
         if self.nnz == 0:
             return "lowrank"
         (m, n), g = self.matrix_shape, self.groups
-        work = SPARSE_COST * self.density + self.rank * (m + g * n) / (m * n)
+        work = SPARSE_COST * self.density + LOWRANK_COST * self.rank * (m + g * n) / (m * n)
         return "fused" if self.u.device.type == "cpu" and work < 1 else "dense"
 
     @backend.setter
