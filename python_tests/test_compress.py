@@ -163,6 +163,18 @@ def test_batchnorm_recalibration_heals_spoilt_statistics():
     torch.testing.assert_close(model[0].running_mean, healthy)
 
 
+def test_batchnorm_recalibration_that_hurts_is_undone():
+    model, x = nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 3)).eval(), torch.randn(64, 4)
+    with torch.no_grad():
+        model[1].weight *= 10
+        model[0].running_mean += 3  # the statistics that the targets belong to
+        batches, reference = [(x, model(x).argmax(1))], [model(x)]
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    before, after = recalibrate_if_better(model, batches, reference)
+    assert after > before
+    assert all(torch.equal(state[name], value) for name, value in model.state_dict().items())
+
+
 def test_recalibrate_batchnorm_averages_over_the_batches():
     model = nn.Sequential(nn.BatchNorm1d(4), nn.Dropout(0.9)).train()
     model[0].momentum = 0.3
@@ -276,6 +288,9 @@ def test_transformer_layers_run_their_compressed_linears():
     calls = []
     layer = result.model.layers[0].linear1
     assert isinstance(layer, CMDLinear)
+    for module in result.model.modules():
+        if isinstance(module, CMDLinear):
+            module.backend = "fused"
     layer.register_forward_hook(lambda *_: calls.append(1))
     with torch.no_grad():
         y = result.model(x)
