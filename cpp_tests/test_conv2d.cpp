@@ -1,7 +1,7 @@
 // The sparse convolution and its two gradients against seven nested loops, in several memory layouts.
 #include <array>
 
-#include "testing.h"
+#include "testing_cpu.h"
 
 namespace {
 
@@ -145,14 +145,14 @@ void check_case(const Case& c, Layout layout) {
 
   const Image<const T> x_image = in.image(x.data()), dy_image = out.image(dy.data());
   check_kernel<T>("sparse_conv2d", c, layout, dy, want_y, [&](T* y, const auto& parallel_for) {
-    cmd_ext::cpu::sparse_conv2d(x_image, s.csr(), out.image(y), c.shape(), parallel_for);
+    cmd_ext::cpu::sparse_conv2d(x_image, testing::csr_of(s), out.image(y), c.shape(), parallel_for);
   });
   check_kernel<T>("sparse_conv2d_grad_input", c, layout, x, want_dx, [&](T* dx, const auto& parallel_for) {
     cmd_ext::cpu::sparse_conv2d_grad_input(dy_image, st.csr(), in.image(dx), c.shape(), parallel_for);
   });
   check_kernel<T>("sparse_conv2d_grad_values", c, layout, testing::poison<T>(s.nnz()), want_dvalues,
                   [&](T* dvalues, const auto& parallel_for) {
-                    cmd_ext::cpu::sparse_conv2d_grad_values(x_image, dy_image, s.csr(), dvalues, c.shape(),
+                    cmd_ext::cpu::sparse_conv2d_grad_values(x_image, dy_image, testing::csr_of(s), dvalues, c.shape(),
                                                             parallel_for);
                   });
 }
@@ -210,5 +210,5 @@ void check_all() {
 int main() {
   check_all<float>();
   check_all<double>();
-  return testing::finish();
+  return testing::finish_cpu();
 }

@@ -1,5 +1,5 @@
 // sparse_linear and sddmm against double loops.
-#include "testing.h"
+#include "testing_cpu.h"
 
 namespace {
 
@@ -25,7 +25,7 @@ void check_linear(int64_t batch, int64_t rows, int64_t cols, double density, boo
   std::vector<T> first;
   for (const auto& [split, parallel_for] : testing::splits()) {
     std::vector<T> y = before;
-    cmd_ext::cpu::sparse_linear(x.data(), batch, s.csr(), with_bias ? bias.data() : nullptr, y.data(), parallel_for);
+    cmd_ext::cpu::sparse_linear(x.data(), batch, testing::csr_of(s), with_bias ? bias.data() : nullptr, y.data(), parallel_for);
     if (first.empty()) first = y;
     CHECK(testing::close(y, want) && testing::same_bits(y, first), "sparse_linear float", 8 * sizeof(T), "batch", batch,
           rows, 'x', cols, "density", density, "bias", with_bias, split);
@@ -45,7 +45,7 @@ void check_sddmm(int64_t m, int64_t n, int64_t k, double density) {
   std::vector<T> first;
   for (const auto& [split, parallel_for] : testing::splits()) {
     auto out = testing::poison<T>(pattern.nnz());
-    cmd_ext::cpu::sddmm(a.data(), b.data(), k, pattern.csr(), out.data(), parallel_for);
+    cmd_ext::cpu::sddmm(a.data(), b.data(), k, testing::csr_of(pattern), out.data(), parallel_for);
     if (first.empty()) first = out;
     CHECK(testing::close(out, want) && testing::same_bits(out, first), "sddmm float", 8 * sizeof(T), m, 'x', n, "k", k,
           "density", density, split);
@@ -73,5 +73,5 @@ void check_all() {
 int main() {
   check_all<float>();
   check_all<double>();
-  return testing::finish();
+  return testing::finish_cpu();
 }

@@ -1,7 +1,7 @@
 // topk_csr against a stable sort: exactly the same entries, bit for bit, also among ties, NaN, infinities and zeros.
 #include <numeric>
 
-#include "testing.h"
+#include "testing_cpu.h"
 
 namespace {
 
@@ -84,5 +84,5 @@ void check_all() {
 int main() {
   check_all<float>();
   check_all<double>();
-  return testing::finish();
+  return testing::finish_cpu();
 }

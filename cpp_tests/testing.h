@@ -1,4 +1,4 @@
-// What the kernel tests share: CHECK and the closing line, random data, error bounds, ways to split a parallel loop.
+// What the kernel tests share: CHECK and the closing line, random data, error bounds.
 // Buffers are vectors of exactly the size that the kernel may touch, so AddressSanitizer sees any access beyond.
 #pragma once
 
@@ -11,12 +11,8 @@
 #include <limits>
 #include <random>
 #include <string>
-#include <thread>
 #include <utility>
 #include <vector>
-
-#include "kernels.h"
-#include "simd.h"
 
 namespace testing {
 
@@ -35,10 +31,7 @@ void check(bool ok, const char* condition, const char* file, int line, const Par
 
 // Prints the closing line and returns the exit status of main.
 inline int finish() {
-  const char* forced = std::getenv("CMD_EXT_CPU");
-  const std::string isa = cmd_ext::cpu::simd::isa_name();
-  CHECK(!forced || isa == forced, "CMD_EXT_CPU =", forced ? forced : "", "and instruction set", isa);
-  std::cout << "instruction set " << isa << '\n' << passed << " passed, " << failed << " failed\n";
+  std::cout << passed << " passed, " << failed << " failed\n";
   return failed == 0 ? 0 : 1;
 }
 
@@ -102,36 +95,6 @@ struct RandomCsr {
     values = random_vector<T>(nnz());
   }
   int64_t nnz() const { return int64_t(col_idx.size()); }
-  cmd_ext::cpu::Csr<T> csr() const { return {rows, cols, values.data(), row_ptr.data(), col_idx.data()}; }
 };
-
-using Body = std::function<void(int64_t, int64_t)>;
-
-// Every way to cut the loops: results must not depend on it.
-inline const std::vector<std::pair<const char*, cmd_ext::cpu::ParallelFor>>& splits() {
-  static const std::vector<std::pair<const char*, cmd_ext::cpu::ParallelFor>> all{
-      {"one piece",
-       [](int64_t count, int64_t, const Body& body) {
-         if (count > 0) body(0, count);
-       }},
-      {"pieces of one, backwards",
-       [](int64_t count, int64_t, const Body& body) {
-         for (int64_t i = count; i > 0; --i) body(i - 1, i);
-       }},
-      {"three threads",
-       [](int64_t count, int64_t, const Body& body) {
-         std::vector<std::thread> threads;
-         for (int64_t i = 0; i < 3; ++i)
-           if (count * i / 3 < count * (i + 1) / 3)
-             threads.emplace_back([&body, count, i] { body(count * i / 3, count * (i + 1) / 3); });
-         for (std::thread& thread : threads) thread.join();
-       }},
-      {"pieces of the grain",
-       [](int64_t count, int64_t grain, const Body& body) {
-         for (int64_t i = 0; i < count; i += grain) body(i, std::min(count, i + grain));
-       }},
-  };
-  return all;
-}
 
 }  // namespace testing

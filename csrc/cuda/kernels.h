@@ -1,0 +1,99 @@
+// The torch-free CUDA launchers: raw device pointers, sizes, a caller's workspace, a stream. None allocates,
+// synchronises or reads device memory on the host, so all are safe inside a CUDA graph; none uses float atomics, so
+// the same input gives the same bits. The entry points (csrc/*.cpp) have checked the arguments. T is float, double,
+// __half or __nv_bfloat16 unless said; 16-bit types accumulate in float. Sizes of zero are allowed everywhere.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <driver_types.h>
+
+#include <cstdint>
+
+namespace cmd_ext::cuda {
+
+// S [rows, cols] in compressed sparse rows, columns ascending within a row.
+template <class T>
+struct Csr {
+  int64_t rows, cols, nnz;
+  const T* values;
+  const int32_t *row_ptr, *col_idx;
+};
+
+struct ConvShape {
+  int64_t batch, groups;
+  int64_t in_channels, in_h, in_w;      // of the layer's input x
+  int64_t out_channels, out_h, out_w;   // of its output y
+  int64_t kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
+};
+
+// threshold ----------------------------------------------------------------------------------------------------------
+
+// Per matrix a [m, n] of the batch: the exactly nnz largest |a|; ties to the lower linear index; every NaN counts as
+// larger than infinity. values [batch, nnz], row_ptr [batch, m + 1], col_idx [batch, nnz].
+int64_t topk_workspace_bytes(int64_t batch, int64_t m, int64_t n);
+template <class T>
+cudaError_t topk_csr(const T* a, int64_t batch, int64_t m, int64_t n, int64_t nnz, T* values, int32_t* row_ptr,
+                     int32_t* col_idx, void* workspace, cudaStream_t stream);
+
+// The same of the residual w - u v, with u [batch, m, r] and v [batch, r, n]; the residual [batch, m, n] is an output.
+// T is float or double.
+template <class T>
+cudaError_t residual_topk_csr(const T* w, const T* u, const T* v, int64_t batch, int64_t m, int64_t n, int64_t r,
+                              int64_t nnz, T* residual, T* values, int32_t* row_ptr, int32_t* col_idx, void* workspace,
+                              cudaStream_t stream);
+
+// The transposed pattern: col_ptr [groups * n + 1], row_idx [nnz], perm [nnz]; column c of row group g is g * n + c.
+int64_t transpose_csr_workspace_bytes(int64_t m, int64_t n, int64_t groups, int64_t nnz);
+cudaError_t transpose_csr(const int32_t* row_ptr, const int32_t* col_idx, int64_t m, int64_t n, int64_t groups,
+                          int64_t nnz, int32_t* col_ptr, int32_t* row_idx, int32_t* perm, void* workspace,
+                          cudaStream_t stream);
+
+// svd ----------------------------------------------------------------------------------------------------------------
+
+// (see svd.cuh for the algorithm that csrc/svd.cpp composes of these)
+
+// linear -------------------------------------------------------------------------------------------------------------
+
+// y [tokens, rows] = beta * y + xt^T S^T + bias, xt [cols, tokens] feature-major. beta is 0 (y is not read) or 1; bias
+// may be null.
+template <class T>
+cudaError_t spmm(const T* xt, int64_t tokens, const Csr<T>& s, const T* bias, int beta, T* y, cudaStream_t stream);
+
+// The same for a few tokens (up to spmm_few_tokens), x [tokens, cols] token-major.
+constexpr int64_t spmm_few_tokens = 16;
+template <class T>
+cudaError_t spmm_few(const T* x, int64_t tokens, const Csr<T>& s, const T* bias, int beta, T* y, cudaStream_t stream);
+
+// out [nnz] = sum_k a[row, k] b[col, k] on the support of `pattern` (its values are not read); a [m, k], b [n, k].
+// Sums of k beyond a chunk are split over blocks and added in a fixed order: workspace of partial sums.
+int64_t sddmm_workspace_bytes(int64_t nnz, int64_t k);
+template <class T>
+cudaError_t sddmm(const T* a, const T* b, int64_t k, const Csr<T>& pattern, T* out, void* workspace,
+                  cudaStream_t stream);
+
+// w [m, n] = u v + S per row group: u [m, r], v [groups * r, n].
+template <class T>
+cudaError_t rebuild(const T* u, const T* v, int64_t r, int64_t groups, const Csr<T>& s, T* w, cudaStream_t stream);
+
+// conv2d -------------------------------------------------------------------------------------------------------------
+
+// y [N, M, OH, OW] = beta * y + S * x (+ bias), x [N, C, H, W], both NCHW-contiguous. beta is 0 or 1; bias may be null.
+template <class T>
+cudaError_t sparse_conv2d(const T* x, const Csr<T>& s, const T* bias, int beta, T* y, const ConvShape& shape,
+                          cudaStream_t stream);
+
+// dx [N, C, H, W] = beta * dx + gradient of S * x for x. col_ptr, row_idx, perm: the transposed pattern of S.
+template <class T>
+cudaError_t sparse_conv2d_grad_input(const T* dy, const Csr<T>& s, const int32_t* col_ptr, const int32_t* row_idx,
+                                     const int32_t* perm, int beta, T* dx, const ConvShape& shape, cudaStream_t stream);
+
+// dvalues [nnz] = gradient of S * x for the values of S. Splits over images and pixels are added in a fixed order.
+int64_t sparse_conv2d_grad_values_workspace_bytes(int64_t nnz, const ConvShape& shape);
+template <class T>
+cudaError_t sparse_conv2d_grad_values(const T* dy, const T* x, const Csr<T>& pattern, T* dvalues,
+                                      const ConvShape& shape, void* workspace, cudaStream_t stream);
+
+// gemm: tensor cores (T is __nv_bfloat16, __half, or float as tf32) ---------------------------------------------------
+
+}  // namespace cmd_ext::cuda
