@@ -311,7 +311,19 @@ void* dev_malloc(size_t n) { char* p = (char*)aligned_alloc(256, (n + 255) / 256
   free(p); p = nullptr; if (posix_memalign((void**)&p, 256, n)) return nullptr;   // exact size: redzone right after the last byte
 #endif
   memset(p, 0xff, n); g_alloc[(uintptr_t)p] = n; return p; }
-void dev_free(void* p) { g_alloc.erase((uintptr_t)p); for (auto& kv : g_pages) delete[] kv.second; g_pages.clear(); lc = nullptr; free(p); }
+// Forgets what is known of a freed range, which the next allocation may take; the other buffers stay initialised.
+static void forget(uintptr_t begin, size_t bytes) {
+  for (uintptr_t a = begin & ~(kGran - 1); a < begin + bytes;) {
+    if (!g_pages.count(a >> 12)) { a = ((a >> 12) + 1) << 12; continue; }
+    cell(a) = Cell();
+    a += kGran;
+  }
+}
+void dev_free(void* p) {
+  const auto it = g_alloc.find((uintptr_t)p);
+  if (it != g_alloc.end()) { forget(it->first, it->second); g_alloc.erase(it); }
+  free(p);
+}
 void mark_init(void* p, size_t n) {
 #ifdef SIMT_RACE
   for (uintptr_t a = (uintptr_t)p; a < (uintptr_t)p + n; a += kGran) { Cell& c = cell(a); c = Cell(); c.init = true; c.gen = 0; }
