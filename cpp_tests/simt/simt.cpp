@@ -338,7 +338,7 @@ static bool ordered(const Acc& a, bool global) {
   int o = int(a.tid1) - 1; if (o == cur->lin) return true;
   return o / 32 == cur->warp && cur->vc[o & 31] >= a.clk;
 }
-static void where(void* pc, char* out, size_t n) { Dl_info i; if (dladdr(pc, &i)) snprintf(out, n, "+0x%lx", (unsigned long)((uintptr_t)pc - (uintptr_t)i.dli_fbase - 1)); else snprintf(out, n, "?"); }
+static void where(void* pc, char* out, size_t n) { if ((uintptr_t)pc < 1 << 24) { snprintf(out, n, "PTX line %d", int((uintptr_t)pc)); return; } Dl_info i; if (dladdr(pc, &i)) snprintf(out, n, "+0x%lx", (unsigned long)((uintptr_t)pc - (uintptr_t)i.dli_fbase - 1)); else snprintf(out, n, "?"); }
 // ---- coalescing and bank conflicts: the n-th execution of an access site by each lane of a warp forms one request
 struct Req { size_t size; bool shared; int kind; uint64_t n; uintptr_t a[32]; };
 static std::map<std::tuple<uintptr_t, int, uint32_t>, Req> g_req; static std::map<std::pair<int, uintptr_t>, uint32_t> g_occ;
@@ -403,11 +403,11 @@ static void check(const void* p, size_t n, int kind, void* pc) {
   }
   if (config.preempt && rnd() % uint64_t(config.preempt) == 0) { make_ready(t); to_main(); }
 }
-void access(const void* p, size_t n, int kind) {
+void access(const void* p, size_t n, int kind, int site) {
 #ifdef SIMT_RACE
-  if (cur && cur->in_kernel) check(p, n, kind, __builtin_return_address(0));
+  if (cur && cur->in_kernel) check(p, n, kind, site ? (void*)(uintptr_t)site : __builtin_return_address(0));
 #else
-  (void)p; (void)n; (void)kind;
+  (void)p; (void)n; (void)kind; (void)site;
 #endif
 }
 #ifdef SIMT_RACE
@@ -498,5 +498,33 @@ void run_grid(dim3 g, dim3 b, size_t smem, void (*tramp)(void*), void* ctx) {
   std::vector<std::thread> th; for (int i = 1; i < config.threads; ++i) th.emplace_back(work);
   work(); for (auto& t : th) t.join();
 #endif
+}
+// ---------------------------------------------------------------- translated kernels
+static std::map<std::string, Translated>& translated_kernels() { static std::map<std::string, Translated> kernels; return kernels; }
+void register_translated(const Translated& kernel) { translated_kernels()[kernel.name] = kernel; }
+const Translated* find_translated(const char* name) {
+  const auto it = translated_kernels().find(name);
+  return it == translated_kernels().end() ? nullptr : &it->second;
+}
+const Translated* find_translated(const void* function) {
+  if (translated_kernels().empty() && !config.require_translated) return nullptr;
+  Dl_info info = {};
+  const char* name = dladdr(function, &info) && info.dli_sname && info.dli_saddr == function ? info.dli_sname : "(no symbol)";
+  const Translated* found = find_translated(name);
+  if (!found && config.require_translated) report("untranslated", "no translation of kernel %s", name);
+  return found;
+}
+cudaError_t launch_translated(const Translated& kernel, const Params& params, dim3 g, dim3 b, size_t smem) {
+  if (params.size != kernel.param_bytes) {
+    report("params", "%s takes %zu bytes of parameters, got %zu", kernel.name, kernel.param_bytes, params.size);
+    return cudaErrorInvalidValue;
+  }
+  struct Context { void (*run)(const unsigned char*); const unsigned char* params; } context{kernel.run, params.bytes};
+  run_grid(g, b, kernel.static_shared_bytes + smem, [](void* p) {
+    const Context& c = *static_cast<Context*>(p);
+    enter_kernel();
+    c.run(c.params);
+  }, &context);
+  return cudaSuccess;
 }
 }  // namespace simt

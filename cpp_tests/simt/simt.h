@@ -48,7 +48,9 @@ constexpr int warpSize = 32;
 
 namespace simt {
 enum Policy { kFifo, kRandom };
-struct Config { uint64_t seed = 0; int preempt = 0; int max_errors = 20; int threads = 1; bool strict_exit = true; bool shuffle_blocks = true; bool metrics = false; int multiprocessors = 8; int max_shared_bytes = 232448; };
+struct Config { uint64_t seed = 0; int preempt = 0; int max_errors = 20; int threads = 1; bool strict_exit = true; bool shuffle_blocks = true; bool metrics = false; int multiprocessors = 8; int max_shared_bytes = 232448;
+  bool require_translated = false;  // a launch of a kernel without a registered translation is an error
+};
 extern Config config;
 extern long n_errors, n_switch, n_access;
 void report(const char* kind, const char* fmt, ...) __attribute__((format(printf, 2, 3)));
@@ -67,14 +69,47 @@ uint32_t active_mask();
 int lane_id();
 void fence();
 void enter_kernel();
-void access(const void* p, size_t n, int kind);      // 0 read 1 write 2 atomic
+void access(const void* p, size_t n, int kind, int site = 0);      // 0 read 1 write 2 atomic; site: PTX line
 void cp_async(void* d, const void* s, int n, int src_n);
 void cp_async_commit();
 void cp_async_wait(int n);
 
+// A kernel translated from PTX, which launch runs in place of the C++ source once it is registered under the kernel's
+// mangled name. `run` reads the parameters at their C ABI offsets; its shared memory begins at dynamic_shared(): first
+// static_shared_bytes of static arrays, then the dynamic bytes of the launch. It tells every access by access(), with
+// its PTX line as the site.
+struct Translated {
+  const char* name;
+  size_t static_shared_bytes;
+  size_t param_bytes;
+  void (*run)(const unsigned char* params);
+};
+void register_translated(const Translated& kernel);
+const Translated* find_translated(const char* mangled_name);
+const Translated* find_translated(const void* function);  // null, with an error where config.require_translated
+
+// Kernel parameters as PTX lays them out: in order, each at its natural alignment.
+struct Params {
+  alignas(16) unsigned char bytes[4096];
+  size_t size = 0;
+
+  template <class T> void add(const T& value) {
+    size = (size + alignof(T) - 1) / alignof(T) * alignof(T);
+    memcpy(bytes + size, &value, sizeof value);
+    size += sizeof value;
+  }
+};
+cudaError_t launch_translated(const Translated& kernel, const Params& params, dim3 g, dim3 b, size_t smem);
+
 template <class... P, class... A>
 cudaError_t launch(void (*k)(P...), dim3 g, dim3 b, size_t smem, cudaStream_t, A&&... a) {
   if (g.x == 0 || g.y == 0 || g.z == 0) return cudaSuccess;
+  if (const Translated* translated = find_translated(reinterpret_cast<const void*>(k))) {
+    Params params;
+    (params.add(P(std::forward<A>(a))), ...);
+    return launch_translated(*translated, params, g, b, smem);
+  }
+  if (config.require_translated) return cudaErrorInvalidDeviceFunction;
   struct Ctx { void (*k)(P...); std::tuple<P...> args; } c{k, std::tuple<P...>(std::forward<A>(a)...)};
   run_grid(g, b, smem, [](void* p) SIMT_RUNTIME {
     Ctx local = *static_cast<Ctx*>(p);               // kernel parameters live on the fiber's own stack
