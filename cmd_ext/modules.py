@@ -111,13 +111,7 @@ class _LowRankSparse(nn.Module):
 
     def _matrix(self) -> Tensor:
         """U V + S as [m, n], differentiable."""
-        m, n = self.matrix_shape
-        low_rank = torch.bmm(
-            self.u.view(self.groups, m // self.groups, self.rank), self.v.view(self.groups, self.rank, n)
-        ).view(m, n)
-        counts = self.row_ptr.diff().long()
-        rows = torch.repeat_interleave(torch.arange(m, device=counts.device), counts, output_size=self.nnz)
-        return low_rank.flatten().index_add(0, rows * n + self.col_idx, self.values).view(m, n)
+        return ops.dense_weight(self.u, self.v, self.values, self.pattern, self.groups)
 
     @property
     def weight(self) -> Tensor:

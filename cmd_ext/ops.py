@@ -260,7 +260,7 @@ def _topk_backward(ctx, grad, _row_ptr, _col_idx):
 register_autograd("cmd_ext::topk_csr", _topk_backward, setup_context=_topk_setup)
 
 
-# lrs_linear, sddmm --------------------------------------------------------------------------------------------------
+# lrs_linear, dense_weight, sddmm ------------------------------------------------------------------------------------
 
 
 def lrs_linear(x: Tensor, u: Tensor, v: Tensor, values: Tensor, pattern: Pattern, bias: Tensor | None = None) -> Tensor:
@@ -321,6 +321,53 @@ def _linear_backward(ctx, grad):
 
 
 register_autograd("cmd_ext::lrs_linear", _linear_backward, setup_context=_linear_setup)
+
+
+def dense_weight(u: Tensor, v: Tensor, values: Tensor, pattern: Pattern, groups: int = 1) -> Tensor:
+    """U V + S as a dense matrix, for the layers that a dense library computes faster.
+
+    Args:
+        u: [m, r], float32, float64, bfloat16 or float16.
+        v: [groups * r, n]; rows g * r .. belong to row group g.
+        values: [nnz] of S.
+        pattern: support of S [m, n].
+        groups: row groups; divides m.
+
+    Returns:
+        [m, n], accumulated in float32 for 16-bit types.
+
+    Raises:
+        ValueError: shapes do not fit, or the pattern is no CSR support.  TypeError: dtypes differ.
+    """
+    _check_dtypes("dense_weight", "u", u, v=v, values=values)
+    return _ops.dense_weight(u, v, values, *pattern[:2], groups)
+
+
+@register_fake("cmd_ext::dense_weight")
+def _(u, v, values, row_ptr, col_idx, groups):
+    return u.new_empty(u.shape[0], v.shape[1])
+
+
+def _dense_weight_setup(ctx, inputs, output):
+    *tensors, ctx.groups = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _dense_weight_backward(ctx, grad):
+    """dU = dW V^T and dV = U^T dW per group; dS = dW on the support."""
+    u, v, _, row_ptr, col_idx = ctx.saved_tensors
+    need_u, need_v, need_values, *_ = ctx.needs_input_grad
+    g, (m, r), n = ctx.groups, u.shape, v.shape[1]
+    blocks = grad.reshape(g, m // g, n)
+    gu = torch.bmm(blocks, v.reshape(g, r, n).mT).reshape(m, r) if need_u else None
+    gv = torch.bmm(u.reshape(g, m // g, r).mT, blocks).reshape(g * r, n) if need_v else None
+    gvalues = None
+    if need_values:
+        gvalues = grad.reshape(-1)[_rows_of(row_ptr, col_idx.shape[0]) * n + col_idx]
+    return gu, gv, gvalues, None, None, None
+
+
+register_autograd("cmd_ext::dense_weight", _dense_weight_backward, setup_context=_dense_weight_setup)
 
 
 def sddmm(a: Tensor, b: Tensor, row_ptr: Tensor, col_idx: Tensor) -> Tensor:

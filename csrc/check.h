@@ -15,12 +15,11 @@
 #include <vector>
 
 #include "cpu/kernels.h"
+#include "device.h"
 
 namespace cmd_ext {
 
 using torch::headeronly::MemoryFormat;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 using Sizes = std::vector<int64_t>;
 
 template <class Part>
@@ -56,11 +55,18 @@ inline void check_float(const char* op, const char* name, const Tensor& t) {
   const ScalarType type = t.scalar_type();
   check(type == ScalarType::Float || type == ScalarType::Double || is_half(type), op, ": ", name,
         " must be float32, float64, bfloat16 or float16");
-  check(t.is_cpu(), op, ": ", name, " must be on the cpu like the other arguments");
+  check(t.is_cpu() || on_gpu(t), op, ": ", name, " must be on the cpu like the other arguments");
+}
+inline void check_same_device(const char* op, const char* name, const Tensor& t, const Tensor& like) {
+  if (on_gpu(like))
+    check(on_gpu(t) && t.get_device_index() == like.get_device_index(), op, ": ", name,
+          " must be on the device of the ", "first argument, cuda:", int(like.get_device_index()));
+  else
+    check(t.is_cpu(), op, ": ", name, " must be on the cpu like the first argument");
 }
 inline void check_same_dtype(const char* op, const char* name, const Tensor& t, const Tensor& like) {
   check(t.scalar_type() == like.scalar_type(), op, ": ", name, " must have the dtype of the first argument");
-  check(t.is_cpu(), op, ": ", name, " must be on the cpu like the first argument");
+  check_same_device(op, name, t, like);
 }
 
 // The arithmetic type: halves are widened to float, so products accumulate in float.
@@ -90,23 +96,42 @@ inline void parallel_for(int64_t count, int64_t grain, const std::function<void(
   if (count > 0) torch::stable::parallel_for(0, count, grain, body);
 }
 
-// One orientation of the support of S: row_ptr [rows + 1] and col_idx [nnz], int32, contiguous, in range.
+// One orientation of the support of S: row_ptr [rows + 1] and col_idx [nnz], int32, contiguous, on the device of
+// `like`. On the CPU every index is checked on every call. On a GPU that would have to wait for the device: there the
+// indices are those that Pattern.from_csr has checked.
 struct Pattern {
   Tensor row_ptr, col_idx;
   int64_t rows, cols;
 
   Pattern(const char* op, const char* ptr_name, const char* idx_name, const Tensor& ptr, const Tensor& idx,
-          int64_t rows, int64_t cols, int64_t nnz)
+          int64_t rows, int64_t cols, int64_t nnz, const Tensor& like)
       : rows(rows), cols(cols) {
     for (auto [name, t] : {std::pair{ptr_name, &ptr}, {idx_name, &idx}}) {
       check(t->scalar_type() == ScalarType::Int, op, ": ", name, " must be int32");
-      check(t->is_cpu(), op, ": ", name, " must be on the cpu like the first argument");
+      check_same_device(op, name, *t, like);
     }
     check(cols <= INT32_MAX, op, ": ", idx_name, " must reach every column, got ", cols, " columns for int32");
     check_sizes(op, ptr_name, ptr, {rows + 1}, "[rows + 1]");
     check_sizes(op, idx_name, idx, {nnz}, "[nnz]");
     row_ptr = torch::stable::contiguous(ptr);
     col_idx = torch::stable::contiguous(idx);
+    if (!on_gpu(like)) check_indices(op, ptr_name, idx_name, nnz);
+  }
+
+  template <class T>
+  cpu::Csr<T> with(const Tensor& values) const {
+    return {rows, cols, values.const_data_ptr<T>(), row_ptr.const_data_ptr<int32_t>(),
+            col_idx.const_data_ptr<int32_t>()};
+  }
+#ifdef CMD_EXT_GPU
+  template <class T>
+  cuda::Csr<T> on_device(const Tensor& values) const {
+    return {rows, cols, values.numel(), data<T>(values), data<int32_t>(row_ptr), data<int32_t>(col_idx)};
+  }
+#endif
+
+ private:
+  void check_indices(const char* op, const char* ptr_name, const char* idx_name, int64_t nnz) const {
     const int32_t* p = row_ptr.const_data_ptr<int32_t>();
     check(p[0] == 0 && p[rows] == nnz, op, ": ", ptr_name, " must run from 0 to nnz = ", nnz, ", got ", p[0], " to ",
           p[rows]);
@@ -117,12 +142,6 @@ struct Pattern {
     for (int64_t k = 0; k < nnz; ++k) outside |= uint32_t(c[k]) >= uint32_t(cols);
     for (int64_t k = 0; outside && k < nnz; ++k)
       check(c[k] >= 0 && c[k] < cols, op, ": ", idx_name, " must lie in [0, ", cols, "), got ", c[k]);
-  }
-
-  template <class T>
-  cpu::Csr<T> with(const Tensor& values) const {
-    return {rows, cols, values.const_data_ptr<T>(), row_ptr.const_data_ptr<int32_t>(),
-            col_idx.const_data_ptr<int32_t>()};
   }
 };
 

@@ -39,6 +39,13 @@ struct Conv {
     return {batch,     groups,     kernel[0],  kernel[1],   stride[0],
             stride[1], padding[0], padding[1], dilation[0], dilation[1]};
   }
+#ifdef CMD_EXT_GPU
+  // Of the layer with input sizes x [batch, channels, height, width] and output sizes y.
+  cuda::ConvShape device_shape(const Sizes& x, const Sizes& y) const {
+    return {x[0],      groups,    x[1],      x[2],      x[3],       y[1],       y[2],        y[3],
+            kernel[0], kernel[1], stride[0], stride[1], padding[0], padding[1], dilation[0], dilation[1]};
+  }
+#endif
 };
 
 // Checks u [m, r], v [groups * r, n] and values [nnz] against each other and returns the number of input channels.
@@ -93,6 +100,13 @@ Tensor v_kernel(const Conv& conv, const Tensor& v) {
   return torch::stable::reshape(v, {v.size(0), v.size(1) / conv.taps(), conv.kernel[0], conv.kernel[1]});
 }
 
+// The type that a branch computes in: on the CPU halves are widened, a GPU has instructions for them.
+ScalarType branch_type(const Tensor& t) { return on_gpu(t) ? t.scalar_type() : compute_type(t); }
+
+MemoryFormat format_of(bool channels_last) {
+  return channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous;
+}
+
 }  // namespace
 
 Tensor lrs_conv2d(const Tensor& x, const Tensor& u, const Tensor& v, const Tensor& values, const Tensor& row_ptr,
@@ -111,24 +125,39 @@ Tensor lrs_conv2d(const Tensor& x, const Tensor& u, const Tensor& v, const Tenso
     check_sizes(conv.op, "bias", *bias, {m}, "[m]");
   }
   const Sizes out = conv.output_size(x.size(2), x.size(3)), out_sizes{batch, m, out[0], out[1]};
-  const Pattern pattern(conv.op, "row_ptr", "col_idx", row_ptr, col_idx, m, v.size(1), values.numel());
+  const Pattern pattern(conv.op, "row_ptr", "col_idx", row_ptr, col_idx, m, v.size(1), values.numel(), x);
   const bool channels_last = is_channels_last(x);
   if (batch == 0) return empty_image(x, out_sizes, false);
 
-  const ScalarType type = compute_type(x);
+  const ScalarType type = branch_type(x);
   const Tensor input = as_type(x, type);
+  const bool last = channels_last && !on_gpu(x);  // the CUDA kernels write NCHW
   const std::optional<Tensor> wide_bias = bias ? std::optional(as_type(*bias, type)) : std::nullopt;
   Tensor y;
   if (r > 0) {
     const Tensor z = conv2d(input, v_kernel(conv, as_type(v, type)), std::nullopt, stride, padding, dilation, groups);
     y = conv2d(z, torch::stable::reshape(as_type(u, type), {m, r, 1, 1}), wide_bias, conv.one, conv.none, conv.one,
                groups);
-    y = torch::stable::contiguous(y, channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+    y = torch::stable::contiguous(y, format_of(last));
   } else {
-    y = empty_image(input, out_sizes, channels_last);
+    y = empty_image(input, out_sizes, last);
     bias ? torch::stable::copy_(y, torch::stable::reshape(*wide_bias, {m, 1, 1})) : torch::stable::zero_(y);
   }
   const Tensor dense_values = dense_as(values, type);
+#ifdef CMD_EXT_GPU
+  if (on_gpu(x)) {
+    const Gpu gpu(x);
+    const Tensor planes = torch::stable::contiguous(input);
+    const auto shape = conv.device_shape(sizes_of(x), out_sizes);
+    if (values.numel() > 0)
+      dispatch_gpu(type, [&](auto tag) {
+        using T = decltype(tag);
+        check_cuda(conv.op, cuda::sparse_conv2d<T>(data<T>(planes), pattern.on_device<T>(dense_values), nullptr, 1,
+                                                   mutable_data<T>(y), shape, gpu.stream()));
+      });
+    return torch::stable::contiguous(y, format_of(channels_last));
+  }
+#endif
   dispatch(type, [&](auto tag) {
     using T = decltype(tag);
     cpu::sparse_conv2d(image_of<T>(input), pattern.with<T>(dense_values), output_of<T>(y), conv.shape(batch),
@@ -150,13 +179,15 @@ Tensor lrs_conv2d_grad_input(const Tensor& grad, const Tensor& u, const Tensor& 
   const Sizes out = conv.output_size(input_size[0], input_size[1]);
   check_sizes(conv.op, "grad", grad, {batch, m, out[0], out[1]}, "[batch, m, out_height, out_width]");
   check_sizes(conv.op, "perm", perm, {nnz}, "[nnz]");
-  const Pattern transposed(conv.op, "col_ptr", "row_idx", col_ptr, row_idx, groups * v.size(1), m, nnz);
+  check_same_device(conv.op, "perm", perm, grad);
+  const Pattern transposed(conv.op, "col_ptr", "row_idx", col_ptr, row_idx, groups * v.size(1), m, nnz, grad);
   const bool channels_last = is_channels_last(grad);
   const Sizes dx_sizes{batch, channels, input_size[0], input_size[1]};
   if (batch == 0) return empty_image(grad, dx_sizes, false);
 
-  const ScalarType type = compute_type(grad);
+  const ScalarType type = branch_type(grad);
   const Tensor dy = as_type(grad, type);
+  const bool last = channels_last && !on_gpu(grad);
   Tensor dx;
   if (r > 0) {
     const Tensor u_groups = torch::stable::reshape(as_type(u, type), {groups, m / groups, r});
@@ -168,11 +199,28 @@ Tensor lrs_conv2d_grad_input(const Tensor& grad, const Tensor& u, const Tensor& 
       output_padding[i] = input_size[i] - ((out[i] - 1) * stride[i] - 2 * padding[i] + conv.span(i));
     dx = call("aten::conv_transpose2d", "input", dz, v_kernel(conv, as_type(v, type)), std::optional<Tensor>(), stride,
               padding, output_padding, groups, dilation);
-    dx = torch::stable::contiguous(dx, channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+    dx = torch::stable::contiguous(dx, format_of(last));
   } else {
-    dx = empty_image(dy, dx_sizes, channels_last);
+    dx = empty_image(dy, dx_sizes, last);
     torch::stable::zero_(dx);
   }
+#ifdef CMD_EXT_GPU
+  if (on_gpu(grad)) {
+    const Gpu gpu(grad);
+    const Tensor planes = torch::stable::contiguous(dy), dense_values = dense_as(values, type);
+    const Tensor order = torch::stable::contiguous(perm);
+    const auto shape = conv.device_shape(dx_sizes, sizes_of(grad));
+    if (nnz > 0)
+      dispatch_gpu(type, [&](auto tag) {
+        using T = decltype(tag);
+        const cuda::Csr<T> s{m, v.size(1), nnz, data<T>(dense_values), nullptr, nullptr};
+        check_cuda(conv.op, cuda::sparse_conv2d_grad_input<T>(data<T>(planes), s, data<int32_t>(transposed.row_ptr),
+                                                              data<int32_t>(transposed.col_idx), data<int32_t>(order),
+                                                              1, mutable_data<T>(dx), shape, gpu.stream()));
+      });
+    return torch::stable::contiguous(dx, format_of(channels_last));
+  }
+#endif
   const Tensor values_t = call("aten::index_select", "", dense_as(values, type), int64_t(0), perm);
   dispatch(type, [&](auto tag) {
     using T = decltype(tag);
@@ -194,8 +242,25 @@ Tensor lrs_conv2d_grad_values(const Tensor& grad, const Tensor& x, const Tensor&
         groups);
   const Sizes out = conv.output_size(x.size(2), x.size(3));
   check_sizes(conv.op, "grad", grad, {x.size(0), m, out[0], out[1]}, "[batch, m, out_height, out_width]");
-  const Pattern pattern(conv.op, "row_ptr", "col_idx", row_ptr, col_idx, m, channels / groups * conv.taps(), nnz);
+  const Pattern pattern(conv.op, "row_ptr", "col_idx", row_ptr, col_idx, m, channels / groups * conv.taps(), nnz, grad);
 
+#ifdef CMD_EXT_GPU
+  if (on_gpu(grad)) {
+    const Gpu gpu(grad);
+    const Tensor dy_planes = torch::stable::contiguous(grad), x_planes = torch::stable::contiguous(x);
+    const auto shape = conv.device_shape(sizes_of(x), sizes_of(grad));
+    Tensor dvalues = torch::stable::new_empty(grad, {nnz});
+    if (batch == 0) return torch::stable::zero_(dvalues);
+    Tensor partial = workspace(grad, cuda::sparse_conv2d_grad_values_workspace_bytes(nnz, shape));
+    dispatch_gpu(grad.scalar_type(), [&](auto tag) {
+      using T = decltype(tag);
+      check_cuda(conv.op, cuda::sparse_conv2d_grad_values<T>(data<T>(dy_planes), data<T>(x_planes),
+                                                             pattern.on_device<T>(dvalues), mutable_data<T>(dvalues),
+                                                             shape, partial.mutable_data_ptr(), gpu.stream()));
+    });
+    return dvalues;
+  }
+#endif
   const ScalarType type = compute_type(grad);
   const Tensor dy = as_type(grad, type), input = as_type(x, type);
   Tensor dvalues = torch::stable::new_empty(dy, {nnz});

@@ -1,8 +1,41 @@
-// Entry points of lrs_linear and sddmm. The low-rank branch runs on torch's GEMM, the sparse branch on our kernel,
-// which adds into the same output.
+// Entry points of lrs_linear, dense_weight and sddmm. The low-rank branch runs on torch's GEMM, the sparse branch on
+// our kernel, which adds into the same output.
 #include "ops.h"
 
 namespace cmd_ext {
+namespace {
+
+// Up to this rank one kernel rebuilds W faster than a GEMM and a second pass over W would.
+[[maybe_unused]] constexpr int64_t kRebuildRank = 64;
+
+// x [batch, n] V^T U^T, or zeros for rank 0.
+Tensor low_rank_product(const Tensor& x, const Tensor& u, const Tensor& v) {
+  if (u.size(1) == 0) return torch::stable::new_zeros(x, {x.size(0), u.size(0)});
+  const Tensor z = torch::stable::matmul(x, torch::stable::transpose(v, 0, 1));
+  return torch::stable::matmul(z, torch::stable::transpose(u, 0, 1));
+}
+
+#ifdef CMD_EXT_GPU
+// y += x S^T + bias on the device; x [batch, n], y [batch, m], all of one dtype.
+void add_sparse_product(const Tensor& x, const Pattern& pattern, const Tensor& values,
+                        const std::optional<Tensor>& bias, Tensor& y) {
+  const Gpu gpu(x);
+  const int64_t batch = x.size(0), n = x.size(1);
+  dispatch_gpu(x.scalar_type(), [&](auto tag) {
+    using T = decltype(tag);
+    const auto s = pattern.on_device<T>(values);
+    const T* b = bias ? data<T>(*bias) : nullptr;
+    if (batch < cuda::spmm_few_tokens)
+      return check_cuda("lrs_linear", cuda::spmm_few(data<T>(x), batch, s, b, 1, mutable_data<T>(y), gpu.stream()));
+    const int64_t vec = 16 / int64_t(sizeof(T)), pitch = (batch + vec - 1) / vec * vec;
+    Tensor xt = torch::stable::new_empty(x, {n, pitch});
+    check_cuda("lrs_linear", cuda::transpose(data<T>(x), batch, n, mutable_data<T>(xt), pitch, gpu.stream()));
+    check_cuda("lrs_linear", cuda::spmm(data<T>(xt), batch, pitch, s, b, 1, mutable_data<T>(y), gpu.stream()));
+  });
+}
+#endif
+
+}  // namespace
 
 Tensor lrs_linear(const Tensor& x, const Tensor& u, const Tensor& v, const Tensor& values, const Tensor& row_ptr,
                   const Tensor& col_idx, const Tensor& col_ptr, const Tensor& row_idx, const Tensor& perm,
@@ -21,27 +54,79 @@ Tensor lrs_linear(const Tensor& x, const Tensor& u, const Tensor& v, const Tenso
     check_same_dtype(op, "bias", *bias, x);
     check_sizes(op, "bias", *bias, {m}, "[m]");
   }
-  const Pattern pattern(op, "row_ptr", "col_idx", row_ptr, col_idx, m, n, nnz);
+  const Pattern pattern(op, "row_ptr", "col_idx", row_ptr, col_idx, m, n, nnz, x);
 
-  const ScalarType type = compute_type(x);
+  const ScalarType type = on_gpu(x) ? x.scalar_type() : compute_type(x);
   Sizes out_sizes = sizes_of(x);
   out_sizes.back() = m;
   int64_t batch = 1;
   for (size_t i = 0; i + 1 < out_sizes.size(); ++i) batch *= out_sizes[i];
   const Tensor rows = torch::stable::reshape(dense_as(x, type), {batch, n});
-  Tensor y = r > 0
-                 ? torch::stable::matmul(torch::stable::matmul(rows, torch::stable::transpose(as_type(v, type), 0, 1)),
-                                         torch::stable::transpose(as_type(u, type), 0, 1))
-                 : torch::stable::new_zeros(rows, {batch, m});
+  Tensor y = low_rank_product(rows, as_type(u, type), as_type(v, type));
   const Tensor dense_values = dense_as(values, type);
   const std::optional<Tensor> dense_bias = bias ? std::optional(dense_as(*bias, type)) : std::nullopt;
-  if (batch > 0 && (nnz > 0 || bias))
+  const bool adds = batch > 0 && m > 0 && (nnz > 0 || bias);
+#ifdef CMD_EXT_GPU
+  if (adds && on_gpu(x)) add_sparse_product(rows, pattern, dense_values, dense_bias, y);
+#endif
+  if (adds && !on_gpu(x))
     dispatch(type, [&](auto tag) {
       using T = decltype(tag);
       cpu::sparse_linear(rows.const_data_ptr<T>(), batch, pattern.with<T>(dense_values),
                          dense_bias ? dense_bias->const_data_ptr<T>() : nullptr, y.mutable_data_ptr<T>(), parallel_for);
     });
   return torch::stable::reshape(as_type(y, x.scalar_type()), out_sizes);
+}
+
+Tensor dense_weight(const Tensor& u, const Tensor& v, const Tensor& values, const Tensor& row_ptr,
+                    const Tensor& col_idx, int64_t groups) {
+  const char* op = "dense_weight";
+  check_float(op, "u", u);
+  for (auto [name, t] : {std::pair{"v", &v}, {"values", &values}}) check_same_dtype(op, name, *t, u);
+  check_dim(op, "u", u, 2, "[m, r]");
+  check_dim(op, "v", v, 2, "[groups * r, n]");
+  check_dim(op, "values", values, 1, "[nnz]");
+  const int64_t m = u.size(0), r = u.size(1), n = v.size(1);
+  check(groups >= 1 && m % groups == 0, op, ": groups must divide m = u.size(0) = ", m, ", got ", groups);
+  check(v.size(0) == groups * r, op, ": v must be [groups * r, n] with groups * r = ", groups * r, ", got ",
+        sizes_of(v));
+  const Pattern pattern(op, "row_ptr", "col_idx", row_ptr, col_idx, m, n, values.numel(), u);
+
+#ifdef CMD_EXT_GPU
+  if (on_gpu(u) && r <= kRebuildRank) {
+    const Gpu gpu(u);
+    Tensor w = torch::stable::new_empty(u, {m, n});
+    const Tensor left = torch::stable::contiguous(u), right = torch::stable::contiguous(v);
+    const Tensor s = torch::stable::contiguous(values);
+    dispatch_gpu(u.scalar_type(), [&](auto tag) {
+      using T = decltype(tag);
+      check_cuda(op, cuda::rebuild(data<T>(left), data<T>(right), r, groups, pattern.on_device<T>(s),
+                                   mutable_data<T>(w), gpu.stream()));
+    });
+    return w;
+  }
+#endif
+  const ScalarType type = compute_type(u);
+  Tensor w = torch::stable::contiguous(
+      torch::stable::reshape(torch::stable::matmul(torch::stable::reshape(dense_as(u, type), {groups, m / groups, r}),
+                                                   torch::stable::reshape(dense_as(v, type), {groups, r, n})),
+                             {m, n}));
+  const Tensor s = dense_as(values, type);
+#ifdef CMD_EXT_GPU
+  if (on_gpu(u)) {
+    const Gpu gpu(u);
+    dispatch(type, [&](auto tag) {
+      using T = decltype(tag);
+      check_cuda(op, cuda::add_sparse(pattern.on_device<T>(s), mutable_data<T>(w), gpu.stream()));
+    });
+    return as_type(w, u.scalar_type());
+  }
+#endif
+  dispatch(type, [&](auto tag) {
+    using T = decltype(tag);
+    cpu::add_sparse(pattern.with<T>(s), w.mutable_data_ptr<T>(), parallel_for);
+  });
+  return as_type(w, u.scalar_type());
 }
 
 Tensor sddmm(const Tensor& a, const Tensor& b, const Tensor& row_ptr, const Tensor& col_idx) {
@@ -52,8 +137,22 @@ Tensor sddmm(const Tensor& a, const Tensor& b, const Tensor& row_ptr, const Tens
   check_dim(op, "b", b, 2, "[n, k]");
   const int64_t k = a.size(1);
   check(b.size(1) == k, op, ": b must be [n, k] with k = a.size(1) = ", k, ", got ", sizes_of(b));
-  const Pattern pattern(op, "row_ptr", "col_idx", row_ptr, col_idx, a.size(0), b.size(0), col_idx.numel());
+  const Pattern pattern(op, "row_ptr", "col_idx", row_ptr, col_idx, a.size(0), b.size(0), col_idx.numel(), a);
 
+#ifdef CMD_EXT_GPU
+  if (on_gpu(a)) {
+    const Gpu gpu(a);
+    const Tensor left = torch::stable::contiguous(a), right = torch::stable::contiguous(b);
+    Tensor out = torch::stable::new_empty(left, {col_idx.numel()});
+    Tensor partial = workspace(a, cuda::sddmm_workspace_bytes(col_idx.numel(), k));
+    dispatch_gpu(a.scalar_type(), [&](auto tag) {
+      using T = decltype(tag);
+      check_cuda(op, cuda::sddmm(data<T>(left), data<T>(right), k, pattern.on_device<T>(out), mutable_data<T>(out),
+                                 partial.mutable_data_ptr(), gpu.stream()));
+    });
+    return out;
+  }
+#endif
   const ScalarType type = compute_type(a);
   const Tensor left = dense_as(a, type), right = dense_as(b, type);
   Tensor out = torch::stable::new_empty(left, {col_idx.numel()});

@@ -1,4 +1,4 @@
-// Every op of cmd_ext: its schema and its CPU kernel. Fake kernels and autograd formulas are in cmd_ext/ops.py.
+// Every op of cmd_ext: its schema and its kernels. Fake kernels and autograd formulas are in cmd_ext/ops.py.
 //
 // The support of S comes in both orientations, so that gradients gather instead of scatter and need no atomics:
 //   row_ptr [m + 1], col_idx [nnz]                 CSR of S [m, n]
@@ -9,10 +9,19 @@
 #define PATTERN "Tensor row_ptr, Tensor col_idx, Tensor col_ptr, Tensor row_idx, Tensor perm"
 #define CONV "int[2] kernel_size, int[2] stride, int[2] padding, int[2] dilation, int groups"
 
-STABLE_TORCH_LIBRARY(cmd_ext, m) {
+#ifdef CMD_EXT_SIMT
+#define CMD_EXT_LIBRARY cmd_ext_simt
+#else
+#define CMD_EXT_LIBRARY cmd_ext
+#endif
+#define DEFINE(name, m) STABLE_TORCH_LIBRARY(name, m)
+#define IMPLEMENT(name, device, m) STABLE_TORCH_LIBRARY_IMPL(name, device, m)
+
+DEFINE(CMD_EXT_LIBRARY, m) {
   m.def("truncated_svd(Tensor a, Tensor basis, int rank, int n_iter) -> (Tensor u, Tensor s, Tensor vh)");
   m.def("topk_csr(Tensor a, int nnz) -> (Tensor values, Tensor row_ptr, Tensor col_idx)");
   m.def("lrs_linear(Tensor x, Tensor u, Tensor v, Tensor values, " PATTERN ", Tensor? bias) -> Tensor");
+  m.def("dense_weight(Tensor u, Tensor v, Tensor values, Tensor row_ptr, Tensor col_idx, int groups) -> Tensor");
   m.def("sddmm(Tensor a, Tensor b, Tensor row_ptr, Tensor col_idx) -> Tensor");
   m.def("lrs_conv2d(Tensor x, Tensor u, Tensor v, Tensor values, " PATTERN ", Tensor? bias, " CONV ") -> Tensor");
   m.def("_lrs_conv2d_grad_input(Tensor grad, Tensor u, Tensor v, Tensor values, " PATTERN ", int[2] input_size, " CONV
@@ -20,12 +29,19 @@ STABLE_TORCH_LIBRARY(cmd_ext, m) {
   m.def("_lrs_conv2d_grad_values(Tensor grad, Tensor x, Tensor row_ptr, Tensor col_idx, " CONV ") -> Tensor");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(cmd_ext, CPU, m) {
+// The entry points look at the device of their arguments, so every key gets the same ones.
+static void implement_all(torch::stable::detail::StableLibrary& m) {
   m.impl("truncated_svd", TORCH_BOX(&cmd_ext::truncated_svd));
   m.impl("topk_csr", TORCH_BOX(&cmd_ext::topk_csr));
   m.impl("lrs_linear", TORCH_BOX(&cmd_ext::lrs_linear));
+  m.impl("dense_weight", TORCH_BOX(&cmd_ext::dense_weight));
   m.impl("sddmm", TORCH_BOX(&cmd_ext::sddmm));
   m.impl("lrs_conv2d", TORCH_BOX(&cmd_ext::lrs_conv2d));
   m.impl("_lrs_conv2d_grad_input", TORCH_BOX(&cmd_ext::lrs_conv2d_grad_input));
   m.impl("_lrs_conv2d_grad_values", TORCH_BOX(&cmd_ext::lrs_conv2d_grad_values));
 }
+
+IMPLEMENT(CMD_EXT_LIBRARY, CPU, m) { implement_all(m); }
+#ifdef CMD_EXT_CUDA
+IMPLEMENT(CMD_EXT_LIBRARY, CUDA, m) { implement_all(m); }
+#endif

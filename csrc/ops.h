@@ -15,6 +15,8 @@ std::tuple<Tensor, Tensor, Tensor> topk_csr(const Tensor& a, int64_t nnz);
 Tensor lrs_linear(const Tensor& x, const Tensor& u, const Tensor& v, const Tensor& values, const Tensor& row_ptr,
                   const Tensor& col_idx, const Tensor& col_ptr, const Tensor& row_idx, const Tensor& perm,
                   const std::optional<Tensor>& bias);
+Tensor dense_weight(const Tensor& u, const Tensor& v, const Tensor& values, const Tensor& row_ptr,
+                    const Tensor& col_idx, int64_t groups);
 Tensor sddmm(const Tensor& a, const Tensor& b, const Tensor& row_ptr, const Tensor& col_idx);
 
 // conv2d.cpp

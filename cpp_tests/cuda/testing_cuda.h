@@ -1,5 +1,5 @@
-// What the tests of the CUDA kernels add to testing.h: device buffers, schedule seeds, tolerances. The kernels run under
-// the SIMT emulator. A buffer has exactly the size that the kernel may touch and starts as NaN.
+// What the tests of the CUDA kernels add to testing.h: device buffers, schedule seeds, tolerances. The kernels run
+// under the SIMT emulator. A buffer has exactly the size that the kernel may touch and starts as NaN.
 #pragma once
 
 #include "../testing.h"
@@ -14,8 +14,7 @@ using cmd_ext::cuda::gpu::half;
 template <class T>
 class Device {
  public:
-  explicit Device(int64_t count)
-      : count_(count), data_(static_cast<T*>(simt::dev_malloc(size_t(count) * sizeof(T)))) {}
+  explicit Device(int64_t count) : count_(count), data_(static_cast<T*>(simt::dev_malloc(size_t(count) * sizeof(T)))) {}
   explicit Device(const std::vector<T>& host) : Device(int64_t(host.size())) {
     if (count_ == 0) return;
     std::memcpy(data_, host.data(), host.size() * sizeof(T));
@@ -67,7 +66,8 @@ std::vector<T> random_values(int64_t count) {
 template <class T>
 bool near(T got, const Sum& want) {
   const long double accumulator = roundoff<cmd_ext::cuda::gpu::Acc<T>>() * 2;
-  const long double bound = (want.terms + 1) * want.magnitude * accumulator + 1.01L * roundoff<T>() * std::abs(want.value);
+  const long double bound =
+      (want.terms + 1) * want.magnitude * accumulator + 1.01L * roundoff<T>() * std::abs(want.value);
   return std::abs(as_double(got) - want.value) <= bound;
 }
 

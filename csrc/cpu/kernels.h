@@ -44,6 +44,10 @@ void topk_csr(const T* a, int64_t m, int64_t n, int64_t nnz, T* values, int32_t*
 template <class T>
 void sparse_linear(const T* x, int64_t batch, const Csr<T>& s, const T* bias, T* y, const ParallelFor& parallel_for);
 
+// w [rows, cols] += S.
+template <class T>
+void add_sparse(const Csr<T>& s, T* w, const ParallelFor& parallel_for);
+
 // out [nnz] = sum_k a[row, k] b[col, k] at the positions of the pattern; a [m, k], b [n, k].
 template <class T>
 void sddmm(const T* a, const T* b, int64_t k, const Csr<T>& pattern, T* out, const ParallelFor& parallel_for);

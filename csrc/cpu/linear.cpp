@@ -111,8 +111,17 @@ void sddmm(const T* a, const T* b, int64_t k, const Csr<T>& pattern, T* out, con
   });
 }
 
+template <class T>
+void add_sparse(const Csr<T>& s, T* w, const ParallelFor& parallel_for) {
+  parallel_for(s.rows, row_grain(s.rows, s.nnz()), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i)
+      for (int64_t p = s.row_ptr[i]; p < s.row_ptr[i + 1]; ++p) w[i * s.cols + s.col_idx[p]] += s.values[p];
+  });
+}
+
 #define INSTANTIATE(T)                                                                             \
   template void sparse_linear(const T*, int64_t, const Csr<T>&, const T*, T*, const ParallelFor&); \
+  template void add_sparse(const Csr<T>&, T*, const ParallelFor&);                                 \
   template void sddmm(const T*, const T*, int64_t, const Csr<T>&, T*, const ParallelFor&);
 INSTANTIATE(float)
 INSTANTIATE(double)

@@ -55,13 +55,18 @@ cudaError_t transpose_csr(const int32_t* row_ptr, const int32_t* col_idx, int64_
 
 // linear -------------------------------------------------------------------------------------------------------------
 
-// y [tokens, rows] = beta * y + xt^T S^T + bias, xt [cols, tokens] feature-major. beta is 0 (y is not read) or 1; bias
-// may be null.
+// out [cols, pitch] = in [rows, cols]^T with zeros from column `rows` to pitch >= rows.
 template <class T>
-cudaError_t spmm(const T* xt, int64_t tokens, const Csr<T>& s, const T* bias, int beta, T* y, cudaStream_t stream);
+cudaError_t transpose(const T* in, int64_t rows, int64_t cols, T* out, int64_t pitch, cudaStream_t stream);
 
-// The same for a few tokens (up to spmm_few_tokens), x [tokens, cols] token-major.
-constexpr int64_t spmm_few_tokens = 16;
+// y [tokens, rows] = beta * y + x S^T + bias, from xt [cols, pitch] = x^T; pitch is a multiple of 16 bytes, xt aligned
+// to 16. beta is 0 (y is not read) or 1; bias may be null.
+template <class T>
+cudaError_t spmm(const T* xt, int64_t tokens, int64_t pitch, const Csr<T>& s, const T* bias, int beta, T* y,
+                 cudaStream_t stream);
+
+// The same from x [tokens, cols]; faster below spmm_few_tokens.
+constexpr int64_t spmm_few_tokens = 64;
 template <class T>
 cudaError_t spmm_few(const T* x, int64_t tokens, const Csr<T>& s, const T* bias, int beta, T* y, cudaStream_t stream);
 
@@ -75,6 +80,10 @@ cudaError_t sddmm(const T* a, const T* b, int64_t k, const Csr<T>& pattern, T* o
 // w [m, n] = u v + S per row group: u [m, r], v [groups * r, n].
 template <class T>
 cudaError_t rebuild(const T* u, const T* v, int64_t r, int64_t groups, const Csr<T>& s, T* w, cudaStream_t stream);
+
+// w [m, n] += S, for a low-rank part that a GEMM has written. T is float or double.
+template <class T>
+cudaError_t add_sparse(const Csr<T>& s, T* w, cudaStream_t stream);
 
 // conv2d -------------------------------------------------------------------------------------------------------------
 

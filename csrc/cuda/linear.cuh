@@ -1,3 +1,23 @@
+// Products with the sparse branch S of a linear layer, and the dense weight U V + S. CUDA cores, fp32 (fp64 for double)
+// accumulation; the tensor-core kernels are in gemm.cuh.
+//
+// spmm: y[t, i] = beta y[t, i] + bias[i] + sum over nonzeros (i, k) of value * x[t, k].
+//   A CTA of 16 warps owns 128 rows of S (64 for 16-bit types) and 32 lanes x 16 bytes of tokens. Tiles of 64 features
+//   of x^T are staged in shared memory by cp.async, two deep; each warp walks its 8 (4) rows with a cursor per row, as
+//   columns ascend: one coalesced load of up to 32 (column, value) pairs, a ballot that counts those in the tile, then
+//   two shuffles, one LDS.128 and 4 FFMA a nonzero. Sums stay in registers; the tile of y leaves through shared memory
+//   so that its rows are written 128 bytes at a time. Why not gather x from L2 (a warp per row, as most libraries do):
+//   a nonzero needs 16 bytes a lane, and L2 gives a fifth of what shared memory does; staging reads each element once
+//   per 128 rows instead of once per nonzero. LDS.128 bounds it at a quarter of the FFMA peak.
+//   Operations 2 nnz T, bytes 4 (K T ceil(M / 128) from L2, K T + M T from memory) + 8 nnz ceil(T / 128) from L2.
+// spmm_few: the same for a few tokens, x token-major: a warp per row, lanes over nonzeros, up to 16 tokens in
+//   registers. S is read once and dominates: bytes 8 nnz.
+// sddmm: out[(i, k)] = sum_t a[i, t] b[k, t]. A warp owns 8 nonzeros of one row: 16 bytes of a's row and of 8 rows of b
+//   a lane and step, so a is read once per 8 nonzeros; 5 shuffles a nonzero at the end. Bytes 4 nnz T (1 + 1/8), from
+//   L2. Long sums are cut in chunks over blockIdx.y whose partial sums are added in order by a second kernel: no
+//   atomics.
+// rebuild: w = U V + S, 64 x 64 tiles (32 x 32 for double), 4 x 4 sums a thread; S is added in the shared tile that the
+//   result leaves through, so that w is written once and never read. Bytes s (M K + nnz) + factors; r is small.
 #pragma once
 
 #include "gpu.h"
@@ -5,39 +25,380 @@
 
 namespace cmd_ext::cuda {
 
-constexpr int kFewThreads = 128;  // a warp per output row
+// transpose ----------------------------------------------------------------------------------------------------------
+
+constexpr int kTransposeTile = 32, kTransposeRows = 8;
+
+// out [cols, pitch] = in [rows, cols]^T, zeros from rows to pitch. A 32 x 32 tile through shared memory.
+template <class T>
+__global__ void __launch_bounds__(kTransposeTile* kTransposeRows)
+    transpose_kernel(const T* __restrict__ in, int64_t rows, int64_t cols, T* __restrict__ out, int64_t pitch) {
+  __shared__ T tile[kTransposeTile][kTransposeTile + 1];
+  const int64_t row0 = int64_t(blockIdx.x) * kTransposeTile, col0 = int64_t(blockIdx.y) * kTransposeTile;
+  const int x = threadIdx.x % kTransposeTile, y = threadIdx.x / kTransposeTile;
+#pragma unroll
+  for (int i = y; i < kTransposeTile; i += kTransposeRows)
+    tile[i][x] = row0 + i < rows && col0 + x < cols ? in[(row0 + i) * cols + col0 + x] : gpu::narrow<T>(0);
+  __syncthreads();
+#pragma unroll
+  for (int i = y; i < kTransposeTile; i += kTransposeRows)
+    if (col0 + i < cols && row0 + x < pitch) out[(col0 + i) * pitch + row0 + x] = tile[x][i];
+}
+
+template <class T>
+cudaError_t transpose(const T* in, int64_t rows, int64_t cols, T* out, int64_t pitch, cudaStream_t stream) {
+  const dim3 grid(unsigned(gpu::ceil_div(pitch, kTransposeTile)), unsigned(gpu::ceil_div(cols, kTransposeTile)));
+  return gpu::launch(transpose_kernel<T>, grid, dim3(kTransposeTile * kTransposeRows), 0, stream, in, rows, cols, out,
+                     pitch);
+}
+
+// spmm ---------------------------------------------------------------------------------------------------------------
+
+template <class T>
+struct SpmmTile {
+  static constexpr int kWarps = 16, kThreads = 32 * kWarps, kStages = 2;
+  static constexpr int kVec = 16 / int(sizeof(T));  // tokens a lane
+  static constexpr int kTokens = 32 * kVec, kFeatures = 64;
+  static constexpr int kWarpRows = kVec == 8 ? 4 : 8;  // 32 sums a lane, 16 in double
+  static constexpr int kRows = kWarps * kWarpRows;
+  static constexpr int kPitch = kRows + 1;  // of the tile of y: odd, so that a column of it has no bank conflicts
+  static constexpr int kStageBytes = kFeatures * kTokens * int(sizeof(T));
+  static constexpr int kOutBytes = 32 * kPitch * int(sizeof(gpu::Acc<T>));
+  static constexpr int kSharedBytes = kStages * kStageBytes > kOutBytes ? kStages * kStageBytes : kOutBytes;
+};
+
+template <class T>
+struct alignas(16) Vec16 {
+  T lane[16 / sizeof(T)];
+};
+
+// Starts the copy of features [k0, k0 + 64) of the tokens of this CTA into one stage; zeros beyond the last feature.
+template <class T>
+__device__ __forceinline__ void spmm_load(unsigned char* stage, const T* xt, int64_t pitch, int64_t token0, int64_t k0,
+                                          int64_t features) {
+  using Tile = SpmmTile<T>;
+  const int lane = threadIdx.x % 32;
+  const bool token_in = token0 + lane * Tile::kVec < pitch;
+  for (int k = threadIdx.x / 32; k < Tile::kFeatures; k += Tile::kWarps) {
+    const bool in_range = token_in && k0 + k < features;
+    const T* source = in_range ? xt + (k0 + k) * pitch + token0 + lane * Tile::kVec : xt;
+    gpu::cp_async16(stage + (k * 32 + lane) * 16, source, in_range);
+  }
+  gpu::cp_async_commit();
+}
+
+template <class T>
+__global__ void __launch_bounds__(SpmmTile<T>::kThreads, 1)
+    spmm_kernel(const T* __restrict__ xt, int64_t tokens, int64_t pitch, Csr<T> s, const T* __restrict__ bias, int beta,
+                T* __restrict__ y) {
+  using Tile = SpmmTile<T>;
+  using A = gpu::Acc<T>;
+  GPU_DYNAMIC_SHARED(shared);
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int64_t token0 = int64_t(blockIdx.x) * Tile::kTokens;
+  const int64_t row0 = int64_t(blockIdx.y) * Tile::kRows + warp * Tile::kWarpRows;
+
+  A sums[Tile::kWarpRows][Tile::kVec] = {};
+  int cursor[Tile::kWarpRows], end[Tile::kWarpRows];
+#pragma unroll
+  for (int i = 0; i < Tile::kWarpRows; ++i) {
+    const bool in_range = row0 + i < s.rows;
+    cursor[i] = in_range ? s.row_ptr[row0 + i] : 0;
+    end[i] = in_range ? s.row_ptr[row0 + i + 1] : 0;
+  }
+
+  const int steps = int(gpu::ceil_div(s.cols, Tile::kFeatures));
+  if (steps > 0) spmm_load(shared, xt, pitch, token0, 0, s.cols);
+  for (int step = 0; step < steps; ++step) {
+    const int k0 = step * Tile::kFeatures;
+    if (step + 1 < steps)
+      spmm_load(shared + (step + 1) % 2 * Tile::kStageBytes, xt, pitch, token0, k0 + Tile::kFeatures, s.cols);
+    else
+      gpu::cp_async_commit();
+    gpu::cp_async_wait<1>();
+    __syncthreads();
+    const Vec16<T>* stage = reinterpret_cast<const Vec16<T>*>(shared + step % 2 * Tile::kStageBytes);
+#pragma unroll
+    for (int i = 0; i < Tile::kWarpRows; ++i) {
+      for (int count = 32; count == 32;) {
+        const int at = cursor[i] + lane;
+        const int k = at < end[i] ? s.col_idx[at] - k0 : Tile::kFeatures;
+        const A value = k < Tile::kFeatures ? gpu::widen(s.values[at]) : A(0);
+        count = __popc(__ballot_sync(~0u, k < Tile::kFeatures));
+        cursor[i] += count;
+        for (int j = 0; j < count; ++j) {
+          const A weight = __shfl_sync(~0u, value, j);
+          const Vec16<T> x = stage[__shfl_sync(~0u, k, j) * 32 + lane];
+#pragma unroll
+          for (int v = 0; v < Tile::kVec; ++v) sums[i][v] += weight * gpu::widen(x.lane[v]);
+        }
+      }
+    }
+    __syncthreads();
+  }
+  gpu::cp_async_wait<0>();
+
+  // One of the lane's tokens at a time: 32 tokens x all rows fit, then each warp writes two of the tokens.
+  A* tile = reinterpret_cast<A*>(shared);
+#pragma unroll
+  for (int v = 0; v < Tile::kVec; ++v) {
+#pragma unroll
+    for (int i = 0; i < Tile::kWarpRows; ++i) tile[lane * Tile::kPitch + warp * Tile::kWarpRows + i] = sums[i][v];
+    __syncthreads();
+    for (int slot = warp; slot < 32; slot += Tile::kWarps) {
+      const int64_t token = token0 + slot * Tile::kVec + v;
+      if (token >= tokens) continue;
+      for (int i = lane; i < Tile::kRows; i += 32) {
+        const int64_t row = int64_t(blockIdx.y) * Tile::kRows + i;
+        if (row >= s.rows) break;
+        A sum = tile[slot * Tile::kPitch + i];
+        if (bias) sum += gpu::widen(bias[row]);
+        if (beta) sum += gpu::widen(y[token * s.rows + row]);
+        y[token * s.rows + row] = gpu::narrow<T>(sum);
+      }
+    }
+    __syncthreads();
+  }
+}
+
+template <class T>
+cudaError_t spmm(const T* xt, int64_t tokens, int64_t pitch, const Csr<T>& s, const T* bias, int beta, T* y,
+                 cudaStream_t stream) {
+  using Tile = SpmmTile<T>;
+  const dim3 grid(unsigned(gpu::ceil_div(tokens, Tile::kTokens)), unsigned(gpu::ceil_div(s.rows, Tile::kRows)));
+  return gpu::launch(spmm_kernel<T>, grid, dim3(Tile::kThreads), Tile::kSharedBytes, stream, xt, tokens, pitch, s, bias,
+                     beta, y);
+}
+
+// spmm_few -----------------------------------------------------------------------------------------------------------
+
+constexpr int kFewThreads = 128;  // a warp a row of S
 
 template <class T, int kTokens>
 __global__ void __launch_bounds__(kFewThreads)
-    spmm_few_kernel(const T* __restrict__ x, int tokens, Csr<T> s, const T* __restrict__ bias, int beta,
+    spmm_few_kernel(const T* __restrict__ x, int64_t tokens, Csr<T> s, const T* __restrict__ bias, int beta,
                     T* __restrict__ y) {
+  using A = gpu::Acc<T>;
   const int lane = threadIdx.x % 32;
   const int64_t row = int64_t(blockIdx.x) * (kFewThreads / 32) + threadIdx.x / 32;
   if (row >= s.rows) return;
-  gpu::Acc<T> sums[kTokens] = {};
+  const int64_t token0 = int64_t(blockIdx.y) * kTokens;
+  x += token0 * s.cols;
+  y += token0 * s.rows;
+  const int count = int(tokens - token0 < kTokens ? tokens - token0 : kTokens);
+  A sums[kTokens] = {};
   const int end = s.row_ptr[row + 1];
   for (int i = s.row_ptr[row] + lane; i < end; i += 32) {
-    const gpu::Acc<T> value = gpu::widen(s.values[i]);
+    const A value = gpu::widen(s.values[i]);
     const T* column = x + s.col_idx[i];
 #pragma unroll
     for (int t = 0; t < kTokens; ++t)
-      if (t < tokens) sums[t] += value * gpu::widen(column[t * s.cols]);
+      if (t < count) sums[t] += value * gpu::widen(column[t * s.cols]);
   }
 #pragma unroll
   for (int t = 0; t < kTokens; ++t) {
 #pragma unroll
     for (int offset = 16; offset > 0; offset /= 2) sums[t] += __shfl_xor_sync(~0u, sums[t], offset);
-    if (lane == 0 && t < tokens) {
-      const gpu::Acc<T> old = beta ? gpu::widen(y[t * s.rows + row]) : gpu::Acc<T>(0);
-      y[t * s.rows + row] = gpu::narrow<T>(old + sums[t] + (bias ? gpu::widen(bias[row]) : gpu::Acc<T>(0)));
-    }
+    if (lane != 0 || t >= count) continue;
+    if (bias) sums[t] += gpu::widen(bias[row]);
+    if (beta) sums[t] += gpu::widen(y[t * s.rows + row]);
+    y[t * s.rows + row] = gpu::narrow<T>(sums[t]);
   }
 }
 
 template <class T>
 cudaError_t spmm_few(const T* x, int64_t tokens, const Csr<T>& s, const T* bias, int beta, T* y, cudaStream_t stream) {
-  return gpu::launch(spmm_few_kernel<T, 16>, dim3(unsigned(gpu::ceil_div(s.rows, kFewThreads / 32))), dim3(kFewThreads),
-                     0, stream, x, int(tokens), s, bias, beta, y);
+  const int chunk = tokens <= 1 ? 1 : tokens <= 4 ? 4 : 16;
+  const dim3 grid(unsigned(gpu::ceil_div(s.rows, kFewThreads / 32)), unsigned(gpu::ceil_div(tokens, chunk)));
+  const auto kernel = chunk == 1 ? spmm_few_kernel<T, 1> : chunk == 4 ? spmm_few_kernel<T, 4> : spmm_few_kernel<T, 16>;
+  return gpu::launch(kernel, grid, dim3(kFewThreads), 0, stream, x, tokens, s, bias, beta, y);
+}
+
+// sddmm --------------------------------------------------------------------------------------------------------------
+
+constexpr int kSddmmThreads = 128, kSddmmNonzeros = 8, kSddmmChunk = 4096;
+
+// partial [gridDim.y, nnz]: block (i, j) sums the products of row i over chunk j of k.
+template <class T, bool kAligned>
+__global__ void __launch_bounds__(kSddmmThreads, 5)
+    sddmm_kernel(const T* __restrict__ a, const T* __restrict__ b, int64_t k, Csr<T> pattern,
+                 gpu::Acc<T>* __restrict__ partial, T* __restrict__ out) {
+  using A = gpu::Acc<T>;
+  constexpr int kVec = kAligned ? 16 / int(sizeof(T)) : 1;
+  struct alignas(kVec * sizeof(T)) Vec {
+    T at[kVec];
+  };
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int64_t row = blockIdx.x, begin = int64_t(blockIdx.y) * kSddmmChunk;
+  const int steps = int((k - begin < kSddmmChunk ? k - begin : kSddmmChunk) / kVec);
+  const int end = pattern.row_ptr[row + 1];
+  const Vec* left = reinterpret_cast<const Vec*>(a + row * k + begin);
+  for (int first = pattern.row_ptr[row] + warp * kSddmmNonzeros; first < end;
+       first += kSddmmThreads / 32 * kSddmmNonzeros) {
+    const Vec* right[kSddmmNonzeros];
+    A sums[kSddmmNonzeros] = {};
+#pragma unroll
+    for (int i = 0; i < kSddmmNonzeros; ++i) {
+      const int at = first + i < end ? first + i : end - 1;
+      right[i] = reinterpret_cast<const Vec*>(b + pattern.col_idx[at] * k + begin);
+    }
+#pragma unroll 1
+    for (int t = lane; t < steps; t += 32) {
+      const Vec x = left[t];
+#pragma unroll
+      for (int i = 0; i < kSddmmNonzeros; ++i) {
+        const Vec z = right[i][t];
+#pragma unroll
+        for (int v = 0; v < kVec; ++v) sums[i] += gpu::widen(x.at[v]) * gpu::widen(z.at[v]);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kSddmmNonzeros; ++i) {
+#pragma unroll
+      for (int offset = 16; offset > 0; offset /= 2) sums[i] += __shfl_xor_sync(~0u, sums[i], offset);
+      if (lane != i || first + i >= end) continue;
+      if (partial)
+        partial[blockIdx.y * pattern.nnz + first + i] = sums[i];
+      else
+        out[first + i] = gpu::narrow<T>(sums[i]);
+    }
+  }
+}
+
+constexpr int kReduceThreads = 256;
+
+// out [count] = sum of partial [splits, count], in order.
+template <class T>
+__global__ void __launch_bounds__(kReduceThreads)
+    reduce_splits_kernel(const gpu::Acc<T>* __restrict__ partial, int64_t count, int splits, T* __restrict__ out) {
+  const int64_t i = int64_t(blockIdx.x) * kReduceThreads + threadIdx.x;
+  if (i >= count) return;
+  gpu::Acc<T> sum = 0;
+  for (int split = 0; split < splits; ++split) sum += partial[split * count + i];
+  out[i] = gpu::narrow<T>(sum);
+}
+
+inline int64_t sddmm_splits(int64_t k) { return k > kSddmmChunk ? gpu::ceil_div(k, kSddmmChunk) : 1; }
+
+template <class T>
+cudaError_t sddmm(const T* a, const T* b, int64_t k, const Csr<T>& pattern, T* out, void* workspace,
+                  cudaStream_t stream) {
+  if (pattern.nnz == 0) return cudaSuccess;
+  const int64_t splits = sddmm_splits(k);
+  auto* partial = splits > 1 ? static_cast<gpu::Acc<T>*>(workspace) : nullptr;
+  const bool aligned =
+      k * sizeof(T) % 16 == 0 && reinterpret_cast<uintptr_t>(a) % 16 == 0 && reinterpret_cast<uintptr_t>(b) % 16 == 0;
+  const dim3 grid(unsigned(pattern.rows), unsigned(splits));
+  const auto kernel = aligned ? sddmm_kernel<T, true> : sddmm_kernel<T, false>;
+  const cudaError_t error = gpu::launch(kernel, grid, dim3(kSddmmThreads), 0, stream, a, b, k, pattern, partial, out);
+  if (error != cudaSuccess || splits == 1) return error;
+  return gpu::launch(reduce_splits_kernel<T>, dim3(unsigned(gpu::ceil_div(pattern.nnz, kReduceThreads))),
+                     dim3(kReduceThreads), 0, stream, partial, pattern.nnz, int(splits), out);
+}
+
+// rebuild ------------------------------------------------------------------------------------------------------------
+
+template <class T>
+struct RebuildTile {
+  using A = gpu::Acc<T>;
+  static constexpr int kThreads = 256, kSide = sizeof(A) == 8 ? 32 : 64, kDepth = 16;
+  static constexpr int kEach = kSide / 16;  // a thread's tile is kEach x kEach
+  static constexpr int kPitch = kSide + 1;
+};
+
+// First position in [begin, end) of ascending columns that is >= column.
+__device__ __forceinline__ int lower_bound(const int32_t* col_idx, int begin, int end, int64_t column) {
+  while (begin < end) {
+    const int middle = begin + (end - begin) / 2;
+    if (col_idx[middle] < column)
+      begin = middle + 1;
+    else
+      end = middle;
+  }
+  return begin;
+}
+
+// Adds the part of S that lies in rows [row0, row0 + rows) and columns [col0, col0 + kSide) to the shared tile.
+template <class T>
+__device__ __forceinline__ void add_sparse_tile(gpu::Acc<T>* tile, const Csr<T>& s, int64_t row0, int rows,
+                                                int64_t col0) {
+  using Tile = RebuildTile<T>;
+  const int lane = threadIdx.x % 32;
+  for (int i = threadIdx.x / 32; i < rows; i += Tile::kThreads / 32) {
+    const int end = s.row_ptr[row0 + i + 1];
+    const int first = lower_bound(s.col_idx, s.row_ptr[row0 + i], end, col0);
+    for (int at = first + lane; at < end && s.col_idx[at] < col0 + Tile::kSide; at += 32)
+      tile[i * Tile::kPitch + int(s.col_idx[at] - col0)] += gpu::widen(s.values[at]);
+  }
+}
+
+template <class T>
+__global__ void __launch_bounds__(RebuildTile<T>::kThreads, 3)
+    rebuild_kernel(const T* __restrict__ u, const T* __restrict__ v, int r, int64_t group_rows, Csr<T> s,
+                   T* __restrict__ w) {
+  using Tile = RebuildTile<T>;
+  using A = gpu::Acc<T>;
+  __shared__ A shared[Tile::kSide * Tile::kPitch];
+  __shared__ A us[Tile::kDepth][Tile::kSide], vs[Tile::kDepth][Tile::kSide];
+  const int tx = threadIdx.x % 16, ty = threadIdx.x / 16;
+  const int64_t tiles = gpu::ceil_div(group_rows, Tile::kSide), group = blockIdx.y / tiles;
+  const int64_t in_group = blockIdx.y % tiles * Tile::kSide, row0 = group * group_rows + in_group;
+  const int64_t col0 = int64_t(blockIdx.x) * Tile::kSide;
+  const int rows = int(group_rows - in_group < Tile::kSide ? group_rows - in_group : Tile::kSide);
+  v += group * r * s.cols;
+
+  A sums[Tile::kEach][Tile::kEach] = {};
+  for (int k0 = 0; k0 < r; k0 += Tile::kDepth) {
+    for (int i = threadIdx.x; i < Tile::kDepth * Tile::kSide; i += Tile::kThreads) {
+      const int row = i / Tile::kDepth, k = i % Tile::kDepth, kv = i / Tile::kSide, col = i % Tile::kSide;
+      us[k][row] = row < rows && k0 + k < r ? gpu::widen(u[(row0 + row) * r + k0 + k]) : A(0);
+      vs[kv][col] = col0 + col < s.cols && k0 + kv < r ? gpu::widen(v[(k0 + kv) * s.cols + col0 + col]) : A(0);
+    }
+    __syncthreads();
+#pragma unroll
+    for (int k = 0; k < Tile::kDepth; ++k)
+#pragma unroll
+      for (int i = 0; i < Tile::kEach; ++i)
+#pragma unroll
+        for (int j = 0; j < Tile::kEach; ++j) sums[i][j] += us[k][ty + 16 * i] * vs[k][tx + 16 * j];
+    __syncthreads();
+  }
+#pragma unroll
+  for (int i = 0; i < Tile::kEach; ++i)
+#pragma unroll
+    for (int j = 0; j < Tile::kEach; ++j) shared[(ty + 16 * i) * Tile::kPitch + tx + 16 * j] = sums[i][j];
+  __syncthreads();
+  add_sparse_tile(shared, s, row0, rows, col0);
+  __syncthreads();
+  for (int i = threadIdx.x; i < rows * Tile::kSide; i += Tile::kThreads) {
+    const int row = i / Tile::kSide, col = i % Tile::kSide;
+    if (col0 + col < s.cols) w[(row0 + row) * s.cols + col0 + col] = gpu::narrow<T>(shared[row * Tile::kPitch + col]);
+  }
+}
+
+template <class T>
+cudaError_t rebuild(const T* u, const T* v, int64_t r, int64_t groups, const Csr<T>& s, T* w, cudaStream_t stream) {
+  using Tile = RebuildTile<T>;
+  const dim3 grid(unsigned(gpu::ceil_div(s.cols, Tile::kSide)),
+                  unsigned(groups * gpu::ceil_div(s.rows / groups, Tile::kSide)));
+  return gpu::launch(rebuild_kernel<T>, grid, dim3(Tile::kThreads), 0, stream, u, v, int(r), s.rows / groups, s, w);
+}
+
+constexpr int kAddThreads = 128;
+
+// w += S: a warp a row. Positions are distinct, so plain read-modify-writes do.
+template <class T>
+__global__ void __launch_bounds__(kAddThreads) add_sparse_kernel(Csr<T> s, T* __restrict__ w) {
+  const int64_t row = int64_t(blockIdx.x) * (kAddThreads / 32) + threadIdx.x / 32;
+  if (row >= s.rows) return;
+  const int end = s.row_ptr[row + 1];
+  for (int at = s.row_ptr[row] + threadIdx.x % 32; at < end; at += 32) w[row * s.cols + s.col_idx[at]] += s.values[at];
+}
+
+template <class T>
+cudaError_t add_sparse(const Csr<T>& s, T* w, cudaStream_t stream) {
+  return gpu::launch(add_sparse_kernel<T>, dim3(unsigned(gpu::ceil_div(s.rows, kAddThreads / 32))), dim3(kAddThreads),
+                     0, stream, s, w);
 }
 
 }  // namespace cmd_ext::cuda
