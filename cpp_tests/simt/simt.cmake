@@ -38,3 +38,5 @@ foreach(source ${cuda_tests})
     add_test(NAME ${name} COMMAND ${name})
   endforeach()
 endforeach()
+
+include(cpp_tests/simt/ptx.cmake)
