@@ -1,10 +1,30 @@
-# A fourth and fifth build of the tests: the PTX that nvcc emits for sm_80 and sm_90, translated to C++ by ptx2cpp.py,
-# takes the place of the kernels' source in the race build. Only where a CUDA toolkit is installed.
-file(GLOB toolkits /usr/local/cuda*)
-find_program(CUDA_NVCC nvcc HINTS $ENV{CUDA_HOME}/bin PATHS ${toolkits} PATH_SUFFIXES bin NO_SYSTEM_ENVIRONMENT_PATH)
+# Where Python is: the test of ptx2cpp.py. Where a CUDA toolkit is too: a fourth and fifth build of the kernels' tests, in
+# which the PTX that nvcc emits for sm_80 and sm_90, translated to C++, takes the place of the kernels' source.
 find_package(Python3 COMPONENTS Interpreter)
-if(NOT CUDA_NVCC OR NOT Python3_FOUND)
-  message(STATUS "No nvcc in CUDA_HOME or /usr/local/cuda*, or no Python: the tests of the PTX are left out")
+if(NOT Python3_FOUND)
+  return()
+endif()
+set(simt ${PROJECT_SOURCE_DIR}/cpp_tests/simt)
+set(translator ${simt}/ptx2cpp.py ${simt}/ptx_instructions.py)
+set(ptx ${CMAKE_CURRENT_BINARY_DIR}/ptx)
+file(MAKE_DIRECTORY ${ptx})
+set(translated_options -g0 -w -fno-strict-aliasing)
+
+add_custom_command(
+  OUTPUT ${ptx}/test_ptx2cpp.cpp
+  COMMAND Python3::Interpreter ${simt}/test_ptx2cpp.py ${ptx}/test_ptx2cpp.cpp
+  DEPENDS ${simt}/test_ptx2cpp.py ${translator}
+  VERBATIM)
+add_executable(ptx2cpp ${ptx}/test_ptx2cpp.cpp)
+target_include_directories(ptx2cpp PRIVATE cpp_tests/cuda)
+target_link_libraries(ptx2cpp PRIVATE simt_race Threads::Threads ${CMAKE_DL_LIBS})
+target_compile_options(ptx2cpp PRIVATE ${translated_options})
+add_test(NAME ptx2cpp COMMAND ptx2cpp)
+
+file(GLOB toolkits /usr/local/cuda*)
+find_program(CUDA_NVCC nvcc HINTS $ENV{CUDA_HOME}/bin PATHS ${toolkits} PATH_SUFFIXES bin NO_DEFAULT_PATH)
+if(NOT CUDA_NVCC)
+  message(STATUS "No nvcc in CUDA_HOME or /usr/local/cuda*: the tests of the kernels' PTX are left out")
   return()
 endif()
 
@@ -13,27 +33,24 @@ add_library(cuda_launchers OBJECT ${cuda_kernels})
 target_link_libraries(cuda_launchers PRIVATE simt_race)
 target_compile_options(cuda_launchers PRIVATE -O0 -g0)
 
-set(translator ${PROJECT_SOURCE_DIR}/cpp_tests/simt/ptx2cpp.py)
 foreach(arch 80 90)
   set(translated)
   foreach(source ${cuda_kernels})
     get_filename_component(stem ${source} NAME_WE)
-    set(base ${CMAKE_CURRENT_BINARY_DIR}/ptx/${stem}_${arch})
+    set(base ${ptx}/${stem}_${arch})
     add_custom_command(
       OUTPUT ${base}.cpp
       COMMAND ${CUDA_NVCC} -std=c++17 -O3 -lineinfo -arch=compute_${arch} -ptx -I${PROJECT_SOURCE_DIR}/csrc/cuda
               -MD -MF ${base}.d -MT ${base}.cpp ${source} -o ${base}.ptx
-      COMMAND Python3::Interpreter ${translator} ${base}.ptx ${base}.cpp
+      COMMAND Python3::Interpreter ${simt}/ptx2cpp.py ${base}.ptx ${base}.cpp
       DEPENDS ${source} ${translator}
       DEPFILE ${base}.d
       VERBATIM)
     list(APPEND translated ${base}.cpp)
   endforeach()
-  file(MAKE_DIRECTORY ${CMAKE_CURRENT_BINARY_DIR}/ptx)
-
   add_library(cuda_kernels_ptx${arch} OBJECT ${translated})
   target_link_libraries(cuda_kernels_ptx${arch} PRIVATE simt_race)
-  target_compile_options(cuda_kernels_ptx${arch} PRIVATE -g0 -w -fno-strict-aliasing)
+  target_compile_options(cuda_kernels_ptx${arch} PRIVATE ${translated_options})
 
   foreach(source ${cuda_kernels})
     get_filename_component(stem ${source} NAME_WE)

@@ -11,6 +11,8 @@
 
 namespace ptx {
 
+using b128 = unsigned __int128;
+
 // Kernels of a translated file; their launchers must not run the C++ source in their place.
 struct Register {
   Register(std::initializer_list<simt::Translated> kernels) {
@@ -134,6 +136,11 @@ auto mul_wide(T a, T b) {
 template <class T>
 T mul_hi(T a, T b) {
   return T(static_cast<std::conditional_t<std::is_signed_v<T>, __int128, unsigned __int128>>(a) * b >> width<T>);
+}
+template <class T>
+T abs(T a) {
+  using U = std::make_unsigned_t<T>;
+  return a < 0 ? T(U(0) - U(a)) : a;
 }
 // The quotient by zero is all ones, as the hardware gives.
 template <class T>
