@@ -1,12 +1,15 @@
-"""What every test gets: a fixed seed, warnings as errors and, where it exists, the folder of real data."""
+"""What every test gets: a fixed seed, warnings as errors; what some ask for: a device, the folder of real data."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+
+PROBE = "cmd_ext::lrs_linear"
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -15,6 +18,7 @@ def pytest_configure(config: pytest.Config) -> None:
         "error",
         "ignore::DeprecationWarning:torch",
         "ignore:The .grad attribute of a Tensor that is not a leaf",
+        "ignore:Warning only once for all operators",  # the device "simt" overrides kernels on purpose
     ):
         config.addinivalue_line("filterwarnings", line)
 
@@ -22,6 +26,33 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(params=["cpu", "cuda", "simt"])
+def device(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs the test on this device: "cuda" by making it the default, "simt" by replacing the CPU kernels.
+
+    "simt" wants the library that `make simt` builds, named by CMD_EXT_SIMT_LIBRARY.
+    """
+    if request.param == "cpu":
+        yield request.param
+    elif request.param == "cuda":
+        if not (torch.cuda.is_available() and torch._C._dispatch_has_kernel_for_dispatch_key(PROBE, "CUDA")):
+            pytest.skip("no GPU, or a build without CUDA kernels")
+        with torch.device("cuda"):
+            yield request.param
+    else:
+        library = os.environ.get("CMD_EXT_SIMT_LIBRARY")
+        if not library:
+            pytest.skip("CMD_EXT_SIMT_LIBRARY is not set (make simt builds it)")
+        torch.ops.load_library(library)
+        kernels = torch.library.Library("cmd_ext", "IMPL")
+        for name in torch._C._dispatch_get_registrations_for_dispatch_key("CPU"):
+            if name.startswith("cmd_ext_simt::"):
+                op = name.partition("::")[2]
+                kernels.impl(op, getattr(torch.ops.cmd_ext_simt, op).default, "CPU", allow_override=True)
+        yield request.param
+        kernels._destroy()
 
 
 @pytest.fixture(scope="session")

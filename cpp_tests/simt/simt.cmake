@@ -2,10 +2,11 @@
 # sanitizers) and race (the compiler's thread-sanitizer hooks, answered by simt.cpp, so linked without its library).
 file(GLOB cuda_kernels CONFIGURE_DEPENDS csrc/cuda/*.cu)
 file(GLOB cuda_tests CONFIGURE_DEPENDS cpp_tests/cuda/test_*.cpp)
+file(GLOB emulator CONFIGURE_DEPENDS cpp_tests/simt/simt*.cpp)
 set_source_files_properties(${cuda_kernels} PROPERTIES LANGUAGE CXX COMPILE_OPTIONS "-xc++")
 
 foreach(mode fast asan race)
-  add_library(simt_${mode} OBJECT cpp_tests/simt/simt.cpp)
+  add_library(simt_${mode} OBJECT ${emulator})
   add_library(cuda_kernels_${mode} OBJECT ${cuda_kernels})
   foreach(target simt_${mode} cuda_kernels_${mode})
     target_compile_definitions(${target} PUBLIC CMD_EXT_SIMT)
@@ -40,3 +41,4 @@ foreach(source ${cuda_tests})
 endforeach()
 
 include(cpp_tests/simt/ptx.cmake)
+include(cpp_tests/simt/torch.cmake)
