@@ -1,10 +1,12 @@
-// topk_csr: the exactly nnz largest |a| of a matrix, straight into CSR.
+// topk_csr: the exactly nnz largest |a| of a matrix, straight into CSR; transpose_csr: its support by columns.
 //
 // Magnitudes of IEEE numbers order like their bit patterns without the sign, so the nnz-th largest is found by radix
 // select: one histogram of the top 11 bits, then of the next 11 bits of the elements that share the winning prefix,
 // and so on (3 passes for float, 6 for double). Each pass reads the matrix once and writes nothing; torch.topk, the
 // alternative, materialises indices and sorts. Two more reads count and write the rows. Bytes: 5 reads of a (float).
 // Every thread fills its own histogram, so the result does not depend on the number of threads.
+//
+// The transpose is a counting sort by column: two passes over the nonzeros in their order, which makes it stable.
 #include <algorithm>
 #include <array>
 #include <vector>
@@ -133,5 +135,21 @@ void topk_csr(const T* a, int64_t m, int64_t n, int64_t nnz, T* values, int32_t*
 
 template void topk_csr(const float*, int64_t, int64_t, int64_t, float*, int32_t*, int32_t*, const ParallelFor&);
 template void topk_csr(const double*, int64_t, int64_t, int64_t, double*, int32_t*, int32_t*, const ParallelFor&);
+
+void transpose_csr(const int32_t* row_ptr, const int32_t* col_idx, int64_t m, int64_t n, int64_t groups,
+                   int32_t* col_ptr, int32_t* row_idx, int32_t* perm) {
+  std::fill(col_ptr, col_ptr + groups * n + 1, 0);
+  const int64_t rows = m / groups;
+  for (int64_t i = 0; i < m; ++i)
+    for (int32_t k = row_ptr[i]; k < row_ptr[i + 1]; ++k) ++col_ptr[i / rows * n + col_idx[k] + 1];
+  for (int64_t c = 0; c < groups * n; ++c) col_ptr[c + 1] += col_ptr[c];
+  std::vector<int32_t> next(col_ptr, col_ptr + groups * n);
+  for (int64_t i = 0; i < m; ++i)
+    for (int32_t k = row_ptr[i]; k < row_ptr[i + 1]; ++k) {
+      const int32_t place = next[i / rows * n + col_idx[k]]++;
+      row_idx[place] = int32_t(i);
+      perm[place] = k;
+    }
+}
 
 }  // namespace cmd_ext::cpu
