@@ -306,9 +306,7 @@ def _linear_backward(ctx, grad):
     gx = gu = gv = gvalues = gbias = None
     rows, grads = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
     if need_x:
-        # The permutation back to S is read by a second derivative only; elsewhere the place is just filled.
-        transposed = pattern.transpose() if torch.is_grad_enabled() else (*pattern[2:4], *pattern[:2], pattern.perm)
-        gx = _ops.lrs_linear(grad, v.t(), u.t(), values[pattern.perm], *transposed, None)
+        gx = _ops.lrs_linear(grad, v.t(), u.t(), values[pattern.perm], *pattern.transpose(), None)
     if need_u:
         gu = grads.t() @ (rows @ v.t())
     if need_v:

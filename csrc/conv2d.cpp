@@ -1,5 +1,6 @@
 // Entry points of lrs_conv2d and its gradients. The low-rank branch (V as a kernel_size convolution to groups * r
 // channels, then U as a 1x1 convolution) runs on torch's convolution; the sparse branch adds into the same output.
+#include "gemm.h"
 #include "ops.h"
 
 namespace cmd_ext {
@@ -40,6 +41,14 @@ struct Conv {
             stride[1], padding[0], padding[1], dilation[0], dilation[1]};
   }
 #ifdef CMD_EXT_GPU
+  // Geometry for the tensor-core kernels; transposed: of the gradient for x, whose output is x's grid.
+  cuda::GemmShape gemm_shape(const Sizes& x, const Sizes& y, bool transposed) const {
+    const Sizes &out = transposed ? x : y, &in = transposed ? y : x;
+    return {x[0],           int(groups),     int(out[1] / groups), int(out[2]),      int(out[3]),
+            int(in[2]),     int(in[3]),      int(kernel[0]),       int(kernel[1]),   int(stride[0]),
+            int(stride[1]), int(padding[0]), int(padding[1]),      int(dilation[0]), int(dilation[1]),
+            transposed};
+  }
   // Of the layer with input sizes x [batch, channels, height, width] and output sizes y.
   cuda::ConvShape device_shape(const Sizes& x, const Sizes& y) const {
     return {x[0],      groups,    x[1],      x[2],      x[3],       y[1],       y[2],        y[3],
@@ -103,6 +112,16 @@ Tensor v_kernel(const Conv& conv, const Tensor& v) {
 // The type that a branch computes in: on the CPU halves are widened, a GPU has instructions for them.
 ScalarType branch_type(const Tensor& t) { return on_gpu(t) ? t.scalar_type() : compute_type(t); }
 
+#ifdef CMD_EXT_GPU
+// The tensor cores compute S densely, so they pay for channels_last images once the density exceeds what the sparse
+// kernel does in the same time (about a thirtieth of the multiply-adds of a dense 16-bit layer), or without an S.
+bool wants_tensor_cores(const Conv& conv, const Tensor& image, int64_t channels, double density, bool channels_last) {
+  const std::string path = forced_path();
+  if (path == "csr" || !fits_tensor_cores(image, channels / conv.groups)) return false;
+  return path == "mma" || (channels_last && (density == 0 || density > 1.0 / 30));
+}
+#endif
+
 MemoryFormat format_of(bool channels_last) {
   return channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous;
 }
@@ -131,7 +150,20 @@ Tensor lrs_conv2d(const Tensor& x, const Tensor& u, const Tensor& v, const Tenso
 
   const ScalarType type = branch_type(x);
   const Tensor input = as_type(x, type);
-  const bool last = channels_last && !on_gpu(x);  // the CUDA kernels write NCHW
+  [[maybe_unused]] const double density = m * v.size(1) > 0 ? double(values.numel()) / double(m * v.size(1)) : 0;
+#ifdef CMD_EXT_GPU
+  if (on_gpu(x) && wants_tensor_cores(conv, input, channels, density, channels_last)) {
+    check_sizes(conv.op, "perm", perm, {values.numel()}, "[nnz]");
+    const Pattern transposed(conv.op, "col_ptr", "row_idx", col_ptr, row_idx, groups * v.size(1), m, values.numel(), x);
+    const Tensor order = torch::stable::contiguous(perm);
+    const std::optional<Tensor> b = bias ? std::optional(torch::stable::contiguous(*bias)) : std::nullopt;
+    const Tensor result = gemm_layer(conv.gemm_shape(sizes_of(x), out_sizes, false),
+                                     torch::stable::contiguous(input, MemoryFormat::ChannelsLast),
+                                     {u, v, values, transposed.row_ptr, transposed.col_idx, order, groups}, b);
+    return torch::stable::contiguous(result, format_of(channels_last));
+  }
+#endif
+  const bool last = channels_last && !on_gpu(x);  // the CUDA-core kernels write NCHW
   const std::optional<Tensor> wide_bias = bias ? std::optional(as_type(*bias, type)) : std::nullopt;
   Tensor y;
   if (r > 0) {
@@ -187,6 +219,16 @@ Tensor lrs_conv2d_grad_input(const Tensor& grad, const Tensor& u, const Tensor& 
 
   const ScalarType type = branch_type(grad);
   const Tensor dy = as_type(grad, type);
+#ifdef CMD_EXT_GPU
+  const double density = m * v.size(1) > 0 ? double(nnz) / double(m * v.size(1)) : 0;
+  if (on_gpu(grad) && wants_tensor_cores(conv, dy, m, density, channels_last)) {
+    const Tensor order = torch::stable::contiguous(perm);
+    const Tensor result = gemm_grad_input(conv.gemm_shape(dx_sizes, sizes_of(grad), true),
+                                          torch::stable::contiguous(dy, MemoryFormat::ChannelsLast),
+                                          {u, v, values, transposed.row_ptr, transposed.col_idx, order, groups});
+    return torch::stable::contiguous(result, format_of(channels_last));
+  }
+#endif
   const bool last = channels_last && !on_gpu(grad);
   Tensor dx;
   if (r > 0) {

@@ -1,5 +1,6 @@
 // Entry points of lrs_linear, dense_weight and sddmm. The low-rank branch runs on torch's GEMM, the sparse branch on
 // our kernel, which adds into the same output.
+#include "gemm.h"
 #include "ops.h"
 
 namespace cmd_ext {
@@ -16,6 +17,15 @@ Tensor low_rank_product(const Tensor& x, const Tensor& u, const Tensor& v) {
 }
 
 #ifdef CMD_EXT_GPU
+// The tensor cores compute S densely: they pay where a dense layer waits for its weights (some tokens, not many). With
+// fewer tokens the kernel that only reads S is as fast, with more the dense operations cost too much.
+bool wants_tensor_cores(const Tensor& rows, int64_t nnz) {
+  const std::string path = forced_path();
+  const Tensor image = torch::stable::reshape(rows, {rows.size(0), rows.size(1), 1, 1});
+  if (path == "csr" || !fits_tensor_cores(image, rows.size(1))) return false;
+  return path == "mma" || (nnz > 0 && rows.size(0) > 16 && rows.size(0) <= 256);
+}
+
 // y += x S^T + bias on the device; x [batch, n], y [batch, m], all of one dtype.
 void add_sparse_product(const Tensor& x, const Pattern& pattern, const Tensor& values,
                         const std::optional<Tensor>& bias, Tensor& y) {
@@ -62,6 +72,17 @@ Tensor lrs_linear(const Tensor& x, const Tensor& u, const Tensor& v, const Tenso
   int64_t batch = 1;
   for (size_t i = 0; i + 1 < out_sizes.size(); ++i) batch *= out_sizes[i];
   const Tensor rows = torch::stable::reshape(dense_as(x, type), {batch, n});
+#ifdef CMD_EXT_GPU
+  if (on_gpu(x) && batch > 0 && m > 0 && wants_tensor_cores(rows, nnz)) {
+    check_sizes(op, "perm", perm, {nnz}, "[nnz]");
+    const Pattern transposed(op, "col_ptr", "row_idx", col_ptr, row_idx, n, m, nnz, x);
+    const Tensor order = torch::stable::contiguous(perm), image = torch::stable::reshape(rows, {batch, n, 1, 1});
+    const std::optional<Tensor> b = bias ? std::optional(torch::stable::contiguous(*bias)) : std::nullopt;
+    const cuda::GemmShape shape{batch, 1, int(m), 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 1, 1, false};
+    const Tensor y = gemm_layer(shape, image, {u, v, values, transposed.row_ptr, transposed.col_idx, order, 1}, b);
+    return torch::stable::reshape(y, out_sizes);
+  }
+#endif
   Tensor y = low_rank_product(rows, as_type(u, type), as_type(v, type));
   const Tensor dense_values = dense_as(values, type);
   const std::optional<Tensor> dense_bias = bias ? std::optional(dense_as(*bias, type)) : std::nullopt;
