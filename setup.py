@@ -70,8 +70,8 @@ def cuda_decision(torch_cuda: str | None, sources: list[str], env: Mapping[str, 
 
 
 def arch_list(version: tuple[int, int]) -> str:
-    """GPU generations to build for; PTX of the last one serves later GPUs."""
-    return "8.0;8.6;8.9;9.0" + (";10.0;12.0+PTX" if version >= (12, 8) else "+PTX")
+    """GPU generations to build for: minor versions run the code of their major one, later GPUs the PTX of the last."""
+    return "8.0;9.0" + (";10.0;12.0+PTX" if version >= (12, 8) else "+PTX")
 
 
 def default_jobs() -> int:
@@ -146,7 +146,7 @@ def build() -> dict:
         include_dirs=torch_includes,
         library_dirs=cpp_extension.library_paths(device),
         libraries=["torch_cpu", *(["cudart_static"] if home else [])],
-        define_macros=[("TORCH_TARGET_VERSION", "0x020a000000000000")],
+        define_macros=[("TORCH_TARGET_VERSION", "0x020a000000000000"), *([("CMD_EXT_CUDA", None)] if home else [])],
         extra_compile_args=flags,
         py_limited_api=True,  # no Python in it at all: one library for every Python
         language="c++",
