@@ -11,7 +11,7 @@ CXX_FILES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/* cpp_tests/*.cpp cpp_tests/*
 CMAKE_TOOLS := $(and $(shell command -v cmake 2>&1),$(shell command -v ninja 2>&1))
 export PATH := $(PATH):$(abspath $(BIN))
 
-.PHONY: install demo test cpp-test bench lint clean FORCE
+.PHONY: install demo test cpp-test bench lint kernel-ledger kernel-check clean FORCE
 
 install: $(VENV)/.installed
 
@@ -36,6 +36,13 @@ lint: $(VENV)/.linters
 	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
 	$(BIN)/python .ci/lint
 
+# What ptxas makes of each CUDA kernel, written to csrc/cuda/ledger.json or compared with it. Needs nvcc 13.0, no GPU.
+kernel-ledger: $(VENV)/.disassembler
+	$(BIN)/python cpp_tests/ledger.py
+
+kernel-check: $(VENV)/.disassembler
+	$(BIN)/python cpp_tests/ledger.py --check
+
 clean:
 	rm -rf build dist *.egg-info $(VENV)/.installed
 	rm -f cmd_ext/*.so
@@ -51,6 +58,10 @@ $(VENV)/.installed: $(SOURCES) $(if $(wildcard $(LIBRARY)),,FORCE) | $(BIN)/pip
 
 $(VENV)/.linters: Makefile | $(BIN)/pip
 	$(BIN)/pip install $(foreach name,$(LINTERS),'$(name)')
+	touch $@
+
+$(VENV)/.disassembler: | $(BIN)/pip
+	$(BIN)/pip install 'nvidia-cuda-nvdisasm==13.*'
 	touch $@
 
 $(VENV)/.cmake: | $(BIN)/pip

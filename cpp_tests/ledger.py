@@ -1,0 +1,265 @@
+#!/usr/bin/env python3
+"""The ledger of the CUDA kernels: what ptxas makes of each for every architecture, read without a GPU.
+
+    ledger.py            compiles csrc/cuda/*.cu and writes csrc/cuda/ledger.json
+    ledger.py --check    compares with it and prints a line for everything that got worse
+
+Needs a CUDA toolkit (CUDA_HOME or /usr/local/cuda*) and nvdisasm (the package nvidia-cuda-nvdisasm, or on PATH). The
+counts are of instructions in the code, not of executions. Occupancy is the number of resident warps an SM that
+registers, shared memory, threads and blocks allow.
+"""
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+LEDGER = ROOT / "csrc/cuda/ledger.json"
+ARCHS = (80, 90, 100, 120)
+# Of an SM: warps, blocks, bytes of shared memory. 65536 registers, a quarter for each of its four schedulers; a block's
+# shared memory comes with 1 KiB that the system reserves.
+LIMITS = {80: (64, 32, 164 << 10), 90: (64, 32, 228 << 10), 100: (64, 32, 228 << 10), 120: (48, 24, 100 << 10)}
+RESERVED_SHARED = 1024
+
+COUNTED = {
+    "LDG.128": r"LDG\.(\S*\.)?128\b",
+    "STG.128": r"STG\.(\S*\.)?128\b",
+    "LDS": r"LDS\b",
+    "LDS.128": r"LDS\.(\S*\.)?128\b",
+    "HMMA": r"HMMA\b",
+    "LDSM": r"LDSM\b",
+    "LDGSTS": r"LDGSTS\b",
+    "BAR": r"BAR\b",
+    "RED": r"REDG?\b",
+    "ATOMG": r"ATOMG?\b",
+    "LDL": r"LDL\b",
+    "STL": r"STL\b",
+}
+FLOAT_ATOMIC = re.compile(r"(REDG?|ATOM[GS]?)\.\S*\b(F16|BF16|F32|F64|F16x2|BF16x2)")
+KEPT = ("HMMA", "LDSM", "LDGSTS", "LDG.128", "STG.128")  # fewer than recorded is a fault
+
+# What kernels promise, by name: instructions that must be there, and the most dynamic shared memory a launch asks for.
+TENSOR_CORES = ("HMMA", "LDSM", "LDGSTS", "STG.128")
+PROMISES = [
+    (r"gemm_kernel<.*, 128>", TENSOR_CORES, 96 << 10),
+    (r"gemm_kernel<.*, 64>", TENSOR_CORES, 72 << 10),
+    (r"gemm_onepass_kernel<", TENSOR_CORES, 80 << 10),
+    (r"spmm_kernel<", ("LDGSTS", "LDS.128"), 64 << 10),
+    (r"sddmm_kernel<.*, true>", ("LDG.128",), 0),
+    (r"threshold::(digit_histogram|count|compact)_kernel<", ("LDG.128",), 0),
+    (r"threshold::residual_histogram_kernel<", ("LDG.128", "STG.128"), 0),
+    (r"conv::(conv|grad_values)_tile_kernel<", ("LDS.128",), 96 << 10),
+    (r"cholesky_inverse_kernel", (), 65 << 10),
+]
+
+
+def toolkit():
+    """The folder of a real toolkit: an nvcc on PATH may be a wrapper elsewhere."""
+    for home in [Path(os.environ.get("CUDA_HOME", "/nonexistent")), *sorted(Path("/usr/local").glob("cuda*"))]:
+        if (home / "bin/nvcc").is_file() and (home / "bin/ptxas").is_file():
+            return home / "bin"
+    sys.exit("ledger: no CUDA toolkit in CUDA_HOME or /usr/local/cuda*")
+
+
+def nvdisasm():
+    packaged = sorted(Path(sysconfig.get_path("purelib")).glob("nvidia/cu*/bin/nvdisasm"))
+    found = packaged[-1] if packaged else shutil.which("nvdisasm")
+    return found or sys.exit("ledger: no nvdisasm; pip install nvidia-cuda-nvdisasm")
+
+
+def run(*command):
+    result = subprocess.run([str(part) for part in command], capture_output=True, text=True)
+    if result.returncode:
+        sys.exit(f"{' '.join(map(str, command))}\n{result.stdout}{result.stderr}")
+    return result.stdout, result.stderr
+
+
+def short_names(mangled):
+    """cmd_ext::cuda::f<float, 2> as f<float, 2>: names of template kernels without types of parameters."""
+    demangled = run("c++filt", *mangled)[0].splitlines() if mangled else []
+    return {name: short_name(text) for name, text in zip(mangled, demangled, strict=True)}
+
+
+def short_name(demangled):
+    depth = 0
+    for i, character in enumerate(demangled):
+        depth += {"<": 1, ">": -1}.get(character, 0)
+        if character == "(" and depth == 0:
+            demangled = demangled[:i]
+            break
+    demangled = demangled.removeprefix("void ").replace("cmd_ext::cuda::", "")
+    return demangled.replace("__nv_bfloat16", "bf16").replace("__half", "half")
+
+
+def occupancy(arch, block, registers, shared):
+    """Resident warps an SM, and what limits them."""
+    max_warps, max_blocks, shared_bytes = LIMITS[arch]
+    warps = -(-block // 32)
+    warp_registers = max(256, -(-registers * 32 // 256) * 256)
+    blocks = {
+        "warps": max_warps // warps,
+        "blocks": max_blocks,
+        "registers": 65536 // 4 // warp_registers * 4 // warps,
+        "shared": shared_bytes // (-(-(shared + RESERVED_SHARED) // 128) * 128),
+    }
+    limit = min(blocks, key=blocks.get)
+    return blocks[limit] * warps, limit
+
+
+def promised(name):
+    """Instructions and dynamic shared bytes of the patterns that match a kernel's name."""
+    matching = [(needs, dynamic) for pattern, needs, dynamic in PROMISES if re.match(pattern, name)]
+    return {need for needs, _ in matching for need in needs}, max((dynamic for _, dynamic in matching), default=0)
+
+
+def block_sizes(ptx):
+    """Threads of a block that each kernel's launch bounds allow; None without bounds."""
+    sizes = {}
+    for name, directives in re.findall(r"\.entry\s+([\w$]+)\s*\([^)]*\)([^{]*)\{", ptx):
+        bound = re.search(r"\.maxntid\s+(\d+)(?:,\s*(\d+))?(?:,\s*(\d+))?", directives)
+        x, y, z = (int(part or 1) for part in bound.groups()) if bound else (0, 0, 0)
+        sizes[name] = x * y * z or None
+    return sizes
+
+
+def resources(log):
+    """What ptxas -v says of each kernel."""
+    found = {}
+    pattern = (
+        r"Compiling entry function '(\S+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads"
+        r".*?Used (\d+) registers([^\n]*)"
+    )
+    for name, stack, stores, loads, registers, rest in re.findall(pattern, log, re.S):
+        shared = re.search(r"(\d+) bytes smem", rest)
+        found[name] = {
+            "registers": int(registers),
+            "spills": int(stores) + int(loads),
+            "stack": int(stack),
+            "shared": int(shared[1]) if shared else 0,
+        }
+    return found
+
+
+def instruction_counts(sass):
+    """Instructions of each kernel, by kind; float atomics as a list."""
+    counts, current = {}, None
+    patterns = {kind: re.compile(pattern) for kind, pattern in COUNTED.items()}
+    for line in sass.splitlines():
+        if section := re.match(r"\s*\.section\s+\.text\.([\w$]+),", line):
+            current = counts.setdefault(section[1], {"instructions": 0, "float_atomics": []})
+        elif current is not None and (match := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?(\S+)", line)):
+            opcode = match[1]
+            if opcode == "NOP":
+                continue
+            current["instructions"] += 1
+            for kind, pattern in patterns.items():
+                if pattern.match(opcode):
+                    current[kind] = current.get(kind, 0) + 1
+            if FLOAT_ATOMIC.match(opcode):
+                current["float_atomics"].append(opcode)
+    return counts
+
+
+def compile_kernels(source, arch, folder, tools):
+    """The entries of one file's kernels for one architecture, and what is wrong with them whatever the ledger says."""
+    nvcc, disassembler = tools
+    base = folder / f"{source.stem}_{arch}"
+    ptx, cubin = base.with_suffix(".ptx"), base.with_suffix(".cubin")
+    run(nvcc / "nvcc", "-std=c++17", "-O3", f"-arch=compute_{arch}", "-ptx", source, "-o", ptx)
+    log = run(nvcc / "ptxas", f"-arch=sm_{arch}", "-v", "-warn-spills", "-warn-lmem-usage", ptx, "-o", cubin)[1]
+    counts = instruction_counts(run(disassembler, "-c", cubin)[0])
+    blocks, used = block_sizes(ptx.read_text()), resources(log)
+    names = short_names(sorted(blocks))
+    entries, faults = {}, []
+    for line in log.splitlines():
+        if "warning" in line:
+            mangled = re.search(r"'(_Z\w+)'", line)
+            faults.append(f"sm_{arch} {line.replace(mangled[1], names.get(mangled[1], '')) if mangled else line}")
+    for mangled, name in names.items():
+        entry = used[mangled] | {"block": blocks[mangled], **counts[mangled]}
+        key = f"{name} sm_{arch}"
+        float_atomics = entry.pop("float_atomics")
+        needs, dynamic = promised(name)
+        faults += [f"{key}: {entry[what]} bytes of {what}" for what in ("spills", "stack") if entry.pop(what)]
+        faults += [f"{key}: local memory, {entry[what]} {what}" for what in ("LDL", "STL") if what in entry]
+        faults += [f"{key}: float atomics: {', '.join(sorted(set(float_atomics)))}"] if float_atomics else []
+        faults += [f"{key}: promises {need}, has none" for need in sorted(needs) if need not in entry]
+        if not entry["block"]:
+            faults.append(f"{key}: no launch bounds")
+            entry["block"] = 1024
+        if dynamic:
+            entry["dynamic_shared"] = dynamic
+        entry["warps"], entry["limit"] = occupancy(arch, entry["block"], entry["registers"], entry["shared"] + dynamic)
+        if not entry["warps"]:
+            faults.append(f"{key}: cannot be launched for want of {entry['limit']}")
+        entries[key] = entry
+    return entries, faults
+
+
+def compile_all(sources):
+    tools = toolkit(), nvdisasm()
+    version = re.search(r"V([\d.]+)", run(tools[0] / "nvcc", "--version")[0])[1]
+    jobs = [(source, arch) for source in sorted(sources, key=lambda path: -path.stat().st_size) for arch in ARCHS]
+    kernels, faults = {}, []
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(2) as pool:
+        for entries, wrong in pool.map(lambda job: compile_kernels(*job, Path(folder), tools), jobs):
+            kernels |= entries
+            faults += wrong
+    return {"nvcc": version, "kernels": dict(sorted(kernels.items()))}, faults
+
+
+def compare(recorded, current):
+    """Everything that got worse since the ledger was written."""
+    faults = [f"{key}: not in the ledger" for key in current.keys() - recorded.keys()]
+    for key, old in recorded.items():
+        new = current.get(key)
+        if new is None:
+            faults.append(f"{key}: in the ledger, but not compiled")
+            continue
+        if new["registers"] > 1.1 * old["registers"]:
+            faults.append(f"{key}: registers {old['registers']} -> {new['registers']}")
+        if new["warps"] < old["warps"]:
+            faults.append(f"{key}: warps an SM {old['warps']} -> {new['warps']} (limit: {new['limit']})")
+        for kind in KEPT:
+            if new.get(kind, 0) < old.get(kind, 0):
+                faults.append(f"{key}: {kind} {old[kind]} -> {new.get(kind, 0)}")
+    return sorted(faults)
+
+
+def dump(ledger):
+    """JSON with one kernel a line, so that a diff is read kernel by kernel."""
+    lines = ",\n".join(f"    {json.dumps(key)}: {json.dumps(entry)}" for key, entry in ledger["kernels"].items())
+    return f'{{\n  "nvcc": {json.dumps(ledger["nvcc"])},\n  "kernels": {{\n{lines}\n  }}\n}}\n'
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="compare with the ledger instead of writing it")
+    parser.add_argument("--folder", type=Path, default=LEDGER.parent, help="where the .cu files are")
+    arguments = parser.parse_args()
+    start = time.monotonic()
+    current, faults = compile_all(arguments.folder.glob("*.cu"))
+    if arguments.check:
+        recorded = json.loads(LEDGER.read_text())
+        if recorded["nvcc"] == current["nvcc"]:
+            faults += compare(recorded["kernels"], current["kernels"])
+        else:
+            print(f"The ledger is of nvcc {recorded['nvcc']}, this is {current['nvcc']}: numbers are not compared")
+    else:
+        LEDGER.write_text(dump(current))
+    print("\n".join(faults))
+    print(f"{len(current['kernels'])} kernels, {len(faults)} faults, {time.monotonic() - start:.0f} s")
+    sys.exit(bool(faults))
+
+
+if __name__ == "__main__":
+    main()
