@@ -8,13 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import ops
+from . import dispatch, ops
 from .decompose import Decomposition, decompose
 
 BACKENDS = ("auto", "fused", "lowrank", "dense")
-# Time of a multiply-add of the sparse kernels, and of the thin low-rank products, in units of a dense layer's:
-# break-even densities of 3x3 convolutions and linear layers lie near 1/4 on AVX2.
-SPARSE_COST, LOWRANK_COST = 4.0, 2.0
 
 
 class _LowRankSparse(nn.Module):
@@ -32,6 +29,8 @@ class _LowRankSparse(nn.Module):
         if not 0 <= density <= 1:
             raise ValueError(f"{name}: density must lie in [0, 1], got {density}")
         self.groups, self._backend = groups, "auto"
+        self._tokens, self._inputs_per_token = dispatch.TOKENS, float(n)  # of the latest call
+        self._kept = None  # the dense weight and the state of the parameters it was built from
         factory = {"device": device, "dtype": dtype}
         nnz = round(density * m * n)
         self.u = nn.Parameter(torch.empty(m, rank, **factory))
@@ -90,16 +89,14 @@ class _LowRankSparse(nn.Module):
     def backend(self) -> str:
         """What computes this layer: "fused" (the sparse kernels), "lowrank" (S is empty) or "dense" (W rebuilt).
 
-        Assign one of these to override the choice, "auto" to return to it. Where U V and S together would cost more
-        time than W, and on devices without our kernels, the automatic choice is "dense".
+        Assign one of these to override the choice, "auto" to return to it. The automatic choice is what `dispatch`
+        predicts to be fastest for the device, the dtype and the size of the latest call; "dense" where U V and S
+        together would take longer than W, and on devices without our kernels. A rebuilt W is kept until a parameter
+        changes, but for calls that record gradients, which rebuild it each time.
         """
         if self._backend != "auto":
             return self._backend
-        if self.nnz == 0:
-            return "lowrank"
-        (m, n), g = self.matrix_shape, self.groups
-        work = SPARSE_COST * self.density + LOWRANK_COST * self.rank * (m + g * n) / (m * n)
-        return "fused" if self.u.device.type == "cpu" and work < 1 else "dense"
+        return dispatch.choose(self._work(), self.u.device, rebuild=self._records_gradients())
 
     @backend.setter
     def backend(self, choice: str) -> None:
@@ -108,6 +105,53 @@ class _LowRankSparse(nn.Module):
         if choice == "lowrank" and self.nnz > 0:
             raise ValueError(f"{type(self).__name__}: backend 'lowrank' needs an empty S, got nnz = {self.nnz}")
         self._backend = choice
+
+    @property
+    def predicted_ms(self) -> dict[str, float]:
+        """Predicted milliseconds of the latest call's size by backend; empty on devices without a model."""
+        if self.u.device.type != "cuda":
+            return {}
+        times = dispatch.predict(self._work(), dispatch.load_rates(self.u.device), self._records_gradients())
+        return {backend: 1e3 * seconds for backend, seconds in times.items()}
+
+    def _work(self) -> dispatch.Work:
+        (m, n), tokens = self.matrix_shape, self._tokens
+        return dispatch.Work(
+            m,
+            n,
+            self.groups,
+            self.rank,
+            self.nnz,
+            tokens,
+            int(tokens * self._inputs_per_token),
+            tokens * m,
+            self.u.dtype,
+        )
+
+    def _note_size(self, x: Tensor) -> None:
+        """Remembers the size of a call for the choice of the backend (not while tracing: sizes may be symbols)."""
+        if torch.compiler.is_compiling():
+            return
+        tokens = self._tokens_of(x)
+        if tokens > 0:
+            self._tokens, self._inputs_per_token = tokens, x.numel() / tokens
+
+    def _records_gradients(self) -> bool:
+        return torch.is_grad_enabled() and any(p.requires_grad for p in (self.u, self.v, self.values))
+
+    def _kept_matrix(self) -> Tensor:
+        """U V + S for the dense backend: from the previous call if no parameter has changed since."""
+        sources = (self.u, self.v, self.values, self.row_ptr, self.col_idx)
+        if self._records_gradients() or torch.compiler.is_compiling() or any(t.is_inference() for t in sources):
+            return self._matrix()
+        key = [(t.data_ptr(), t._version, t.dtype, t.device) for t in sources]
+        if self._kept is None or self._kept[0] != key:
+            with torch.no_grad():
+                self._kept = key, self._matrix()
+        return self._kept[1]
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_kept": None}
 
     def _matrix(self) -> Tensor:
         """U V + S as [m, n], differentiable."""
@@ -214,12 +258,16 @@ class CMDLinear(_LowRankSparse):
         return layer
 
     def forward(self, x: Tensor) -> Tensor:
+        self._note_size(x)
         backend = self.backend
         if backend == "fused":
             return ops.lrs_linear(x, self.u, self.v, self.values, self.pattern, self.bias)
         if backend == "lowrank":
             return F.linear(F.linear(x, self._v()), self.u, self.bias)
-        return F.linear(x, self.dense_weight(), self.bias)
+        return F.linear(x, self._kept_matrix(), self.bias)
+
+    def _tokens_of(self, x: Tensor) -> int:
+        return x.numel() // max(self.in_features, 1)
 
     def dense_weight(self) -> Tensor:
         """U V + S as [out_features, in_features], differentiable."""
@@ -308,13 +356,21 @@ class CMDConv2d(_LowRankSparse):
             mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
             x = F.pad(x, self._pad, mode=mode)
         geometry = (self.stride, self._inner_padding, self.dilation, self.groups)
+        self._note_size(x)
         backend = self.backend
         if backend == "fused":
             return ops.lrs_conv2d(x, self.u, self.v, self.values, self.pattern, self.bias, self.kernel_size, *geometry)
         if backend == "lowrank" and self.rank > 0:
             z = F.conv2d(x, self._v().view(-1, self.in_channels // self.groups, *self.kernel_size), None, *geometry)
             return F.conv2d(z, self.u.view(*self.u.shape, 1, 1), self.bias, groups=self.groups)
-        return F.conv2d(x, self.dense_weight(), self.bias, *geometry)
+        weight = self._kept_matrix().view(self.out_channels, -1, *self.kernel_size)
+        return F.conv2d(x, weight, self.bias, *geometry)
+
+    def _tokens_of(self, x: Tensor) -> int:
+        """Pixels of the output, over the batch."""
+        spans = (d * (k - 1) + 1 for k, d in zip(self.kernel_size, self.dilation, strict=True))
+        sizes = zip(x.shape[2:], self._inner_padding, spans, self.stride, strict=True)
+        return x.shape[0] * math.prod((s + 2 * p - k) // t + 1 for s, p, k, t in sizes)
 
     def dense_weight(self) -> Tensor:
         """U V + S as [out_channels, in_channels / groups, kernel_h, kernel_w], differentiable."""

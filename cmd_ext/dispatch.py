@@ -1,0 +1,165 @@
+"""Which way of computing a layer is fastest: a roofline model whose rates are measured once per device.
+
+A layer of weight [m, n] at `tokens` rows of x (pixels of y, for a convolution) can be computed "dense" (U V + S is
+rebuilt, then the dense library), "lowrank" (S is empty) or "fused" (the low-rank branch and the sparse kernels). Each
+step takes the larger of its operations over a rate and its bytes over the bandwidth, plus the time of a launch. The
+rates of a GPU come from `python -m cmd_ext gpu-check`, which stores what it measured, else from its generation's data
+sheet; the CPU is judged by measured break-even densities.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+
+# Time of a multiply-add of the sparse CPU kernels, and of the thin low-rank products, in units of a dense layer's:
+# break-even densities of 3x3 convolutions and linear layers lie near 1/4 on AVX2.
+CPU_SPARSE_COST, CPU_LOWRANK_COST = 4.0, 2.0
+TOKENS = 2048  # assumed before the first call
+
+
+@dataclass(frozen=True)
+class DeviceRates:
+    """What the model knows of a GPU, in bytes/s, seconds and FLOP/s by dtype ("float32", "bfloat16", ...).
+
+    Attributes:
+        bandwidth: of memory, in a large copy.
+        launch: seconds that one more kernel costs.
+        dense: of the dense library.
+        sparse: 2 * nnz * tokens / time of the sparse kernels.
+        mma: of the tensor-core path of a layer, which computes S densely; only dtypes that it takes.
+    """
+
+    bandwidth: float
+    launch: float
+    dense: dict[str, float]
+    sparse: dict[str, float]
+    mma: dict[str, float]
+
+
+def _sheet(bandwidth: float, fp32: float, fp64: float, tensor: float, mma_share: float) -> DeviceRates:
+    """Rates from a data sheet: 80 % of the dense peaks; shared memory bounds the sparse kernels to shares of FFMA."""
+    dense = {"float64": 0.8 * fp64, "float32": 0.8 * fp32, "float16": 0.8 * tensor, "bfloat16": 0.8 * tensor}
+    sparse = {"float64": 0.25 * fp64, "float32": 0.25 * fp32, "float16": 0.4 * fp32, "bfloat16": 0.4 * fp32}
+    mma = dict.fromkeys(("float16", "bfloat16"), mma_share * tensor)
+    return DeviceRates(bandwidth, 3e-6, dense, sparse, mma)
+
+
+# By compute capability. mma.sync reaches all of the tensor cores' rate before sm_90 and on sm_120, part of it between.
+DATA_SHEETS = {
+    (8, 0): _sheet(1.5e12, 19.5e12, 9.7e12, 312e12, 0.6),
+    (9, 0): _sheet(3.0e12, 67e12, 34e12, 798e12, 0.45),
+    (10, 0): _sheet(7.0e12, 75e12, 37e12, 2250e12, 0.2),
+    (12, 0): _sheet(1.6e12, 56e12, 0.9e12, 235e12, 0.7),
+}
+
+
+@dataclass(frozen=True)
+class Work:
+    """One call of a layer: weight [m, n] per group row, `inputs` and `outputs` elements of x and y."""
+
+    m: int
+    n: int
+    groups: int
+    rank: int
+    nnz: int
+    tokens: int
+    inputs: int
+    outputs: int
+    dtype: torch.dtype
+
+    @property
+    def density(self) -> float:
+        return self.nnz / max(self.m * self.n, 1)
+
+
+def predict(work: Work, rates: DeviceRates, rebuild: bool) -> dict[str, float]:
+    """Seconds of one call by backend; `rebuild` says whether the dense weight must be built for it."""
+    dtype, element = str(work.dtype).removeprefix("torch."), work.dtype.itemsize
+    dense_rate = rates.dense[dtype]
+
+    def step(flop: float, rate: float, elements: float, extra_bytes: float = 0) -> float:
+        return rates.launch + max(flop / rate, (elements * element + extra_bytes) / rates.bandwidth)
+
+    m, n, r, t, size = work.m, work.n, work.rank, work.tokens, work.m * work.n
+    dense = step(2 * size * t, dense_rate, work.inputs + work.outputs + size)
+    if rebuild:
+        dense += step(2 * r * size, rates.dense["float32"], size + r * (m + work.groups * n) + work.nnz, 4 * work.nnz)
+    project = step(2 * r * n * work.groups * t, dense_rate, work.inputs + r * work.groups * (n + t))
+    expand = step(2 * r * m * t, dense_rate, work.outputs + r * (m + work.groups * t))
+    lowrank = project + expand if r > 0 else rates.launch
+    if work.nnz == 0:
+        return {"dense": dense, "lowrank": lowrank}
+    csr = step(2 * work.nnz * t, rates.sparse[dtype], 3 * work.inputs + 2 * work.outputs + work.nnz, 4 * work.nnz)
+    fused = lowrank + csr
+    if dtype in rates.mma:
+        mma = step(2 * (size + r * m) * t, rates.mma[dtype], work.inputs + work.outputs + work.nnz, 8 * work.nnz)
+        fused = min(fused, project + mma)
+    return {"dense": dense, "fused": fused}
+
+
+def choose(work: Work, device: torch.device, rebuild: bool) -> str:
+    """The backend for a call: the fastest one by the model of the device; "dense" where there are no kernels."""
+    if device.type == "cuda" and has_cuda_kernels():
+        times = predict(work, load_rates(device), rebuild)
+        return min(times, key=times.get)
+    if work.nnz == 0:
+        return "lowrank"
+    share = work.rank * (work.m + work.groups * work.n) / max(work.m * work.n, 1)
+    worth = CPU_SPARSE_COST * work.density + CPU_LOWRANK_COST * share < 1
+    return "fused" if device.type == "cpu" and worth else "dense"
+
+
+@lru_cache(maxsize=1)
+def has_cuda_kernels() -> bool:
+    """Whether this build of cmd_ext has CUDA kernels."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key("cmd_ext::lrs_linear", "CUDA")
+
+
+def rates_file(name: str) -> Path:
+    """Where the measured rates of a GPU of that name are kept: $XDG_CACHE_HOME/cmd_ext, by default ~/.cache/cmd_ext."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return cache / "cmd_ext" / (re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-").lower() + ".json")
+
+
+def data_sheet(capability: tuple[int, int]) -> DeviceRates:
+    """The rates of a GPU generation: of the newest known one that is not newer than `capability`."""
+    known = [key for key in DATA_SHEETS if key <= capability]
+    return DATA_SHEETS[max(known)] if known else DATA_SHEETS[min(DATA_SHEETS)]
+
+
+@lru_cache(maxsize=64)
+def load_rates(device: torch.device) -> DeviceRates:
+    """Measured rates of a GPU, or those of its data sheet. A file that does not hold rates counts as none."""
+    properties = torch.cuda.get_device_properties(device)
+    measured = read_rates(rates_file(properties.name))
+    return measured or data_sheet((properties.major, properties.minor))
+
+
+def read_rates(file: Path) -> DeviceRates | None:
+    """The rates in a file of save_rates; None if it is missing or does not hold positive numbers for every dtype."""
+    try:
+        rates = DeviceRates(**json.loads(file.read_text(encoding="utf-8")))
+        numbers = [rates.bandwidth, rates.launch, *rates.mma.values()]
+        for name in ("float64", "float32", "float16", "bfloat16"):
+            numbers += [rates.dense[name], rates.sparse[name]]
+        return rates if all(0 < number < float("inf") for number in numbers) else None
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return None
+
+
+def save_rates(device: torch.device, rates: DeviceRates) -> Path:
+    """Keeps measured rates for later processes and drops what this process had loaded."""
+    file = rates_file(torch.cuda.get_device_properties(device).name)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_suffix(f".{os.getpid()}.tmp")
+    part.write_text(json.dumps(asdict(rates), indent=1), encoding="utf-8")
+    part.replace(file)
+    load_rates.cache_clear()
+    return file
