@@ -45,11 +45,11 @@ class Pattern(NamedTuple):
             ValueError: the arrays are not a CSR support of n columns.
         """
         row_ptr, col_idx = row_ptr.to(torch.int32), col_idx.to(torch.int32)
-        rows = csr_rows(row_ptr, col_idx, n)
+        csr_rows(row_ptr, col_idx, n)
         m = row_ptr.numel() - 1
         if groups < 1 or m % groups:
             raise ValueError(f"Pattern: groups must divide the {m} rows, got {groups}")
-        return _with_transpose(row_ptr, col_idx, rows, n, groups)
+        return _with_transpose(row_ptr, col_idx, n, groups)
 
     def transpose(self) -> Pattern:
         """The pattern of S^T (groups = 1); its values are `values[perm]`."""
@@ -78,20 +78,19 @@ def csr_rows(row_ptr: Tensor, col_idx: Tensor, n: int) -> Tensor:
     return rows
 
 
-def _with_transpose(row_ptr: Tensor, col_idx: Tensor, rows: Tensor, n: int, groups: int = 1) -> Pattern:
-    """The pattern of a valid CSR support, given the row of every nonzero [nnz]."""
-    columns = col_idx.long() + (rows * groups // max(row_ptr.shape[0] - 1, 1)) * n
-    perm = torch.argsort(columns, stable=True)
-    counts = torch.zeros(groups * n, dtype=torch.int32, device=columns.device)
-    counts = counts.index_add(0, columns, torch.ones_like(col_idx))
-    col_ptr = torch.cat([counts.new_zeros(1), counts.cumsum(0, dtype=torch.int32)])
-    return Pattern(row_ptr, col_idx, col_ptr, rows[perm].int(), perm.int())
+def _with_transpose(row_ptr: Tensor, col_idx: Tensor, n: int, groups: int = 1) -> Pattern:
+    """The pattern of a valid CSR support."""
+    return Pattern(row_ptr, col_idx, *_ops.csr_transpose(row_ptr, col_idx, n, groups))
 
 
 def _rows_of(row_ptr: Tensor, nnz: int) -> Tensor:
-    """The row of every nonzero [nnz] of a valid CSR support; reads no data, so that fake tensors pass."""
-    rows = torch.arange(row_ptr.shape[0] - 1, device=row_ptr.device)
-    return torch.repeat_interleave(rows, row_ptr.diff().long(), output_size=nnz)
+    """The row of every nonzero [nnz] of a valid CSR support; reads no data, so that fake tensors pass.
+
+    Of b supports with row_ptr [b, m + 1] and nnz nonzeros in all, rows are counted through the batch.
+    """
+    counts = row_ptr.diff().flatten().long()
+    rows = torch.arange(counts.shape[0], device=row_ptr.device)
+    return torch.repeat_interleave(rows, counts, output_size=nnz)
 
 
 def _check_dtypes(op: str, first: str, like: Tensor, **others: Tensor | None) -> None:
@@ -121,7 +120,7 @@ def _without_autocast(name: str, device: str) -> None:
 
 
 _autocast_kernels = torch.library.Library("cmd_ext", "IMPL")
-for _name in ("truncated_svd", "lrs_linear", "lrs_conv2d", "_lrs_conv2d_grad_input"):
+for _name in ("truncated_svd", "residual_topk_csr", "lrs_linear", "lrs_conv2d", "_lrs_conv2d_grad_input"):
     for _device in ("cpu", "cuda"):
         _without_autocast(_name, _device)
 
@@ -217,30 +216,46 @@ def _svd_backward(ctx, gu, gs, gvh):
 register_autograd("cmd_ext::truncated_svd", _svd_backward, setup_context=_svd_setup)
 
 
-# topk_csr -----------------------------------------------------------------------------------------------------------
+# topk_csr, residual_topk_csr ----------------------------------------------------------------------------------------
 
 
 def topk_csr(a: Tensor, nnz: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The exactly `nnz` entries of a matrix largest in magnitude, as CSR.
+    """The exactly `nnz` entries of each matrix largest in magnitude, as CSR.
 
     Args:
-        a: [m, n], float32, float64, bfloat16 or float16.
+        a: [m, n] or [b, m, n], float32, float64, bfloat16 or float16.
         nnz: 0 <= nnz <= m * n.
 
     Returns:
-        values [nnz], row_ptr [m + 1] int32, col_idx [nnz] int32. Ties go to the lower linear index; NaN counts as
-        larger than infinity.
+        values [b, nnz], row_ptr [b, m + 1] int32, col_idx [b, nnz] int32, without b for a matrix. Ties go to the lower
+        linear index; NaN counts as larger than infinity.
 
     Raises:
-        ValueError: nnz out of range, or too many entries for int32.
+        ValueError: nnz out of range, or sizes too large for int32.
     """
-    return _ops.topk_csr(a, nnz)
+    if a.dim() not in (2, 3):
+        raise ValueError(f"topk_csr: a must be [m, n] or [b, m, n], got {[*a.shape]}")
+    if a.dim() == 3:
+        return _ops.topk_csr(a, nnz)
+    values, row_ptr, col_idx = _ops.topk_csr(a[None], nnz)
+    return values[0], row_ptr[0], col_idx[0]
+
+
+def _empty_csr(a: Tensor, nnz: int) -> tuple[Tensor, Tensor, Tensor]:
+    b, m, _ = a.shape
+    ints = {"dtype": torch.int32}
+    return a.new_empty(b, nnz), a.new_empty(b, m + 1, **ints), a.new_empty(b, nnz, **ints)
 
 
 @register_fake("cmd_ext::topk_csr")
 def _(a, nnz):
-    ints = {"dtype": torch.int32}
-    return a.new_empty(nnz), a.new_empty(a.shape[0] + 1, **ints), a.new_empty(nnz, **ints)
+    return _empty_csr(a, nnz)
+
+
+def _scatter(values: Tensor, row_ptr: Tensor, col_idx: Tensor, size: torch.Size) -> Tensor:
+    """The dense matrices [b, m, n] of a batch of CSR ones."""
+    index = _rows_of(row_ptr, col_idx.numel()) * size[2] + col_idx.flatten()
+    return values.new_zeros(size.numel()).index_put((index,), values.flatten()).view(size)
 
 
 def _topk_setup(ctx, inputs, output):
@@ -251,13 +266,95 @@ def _topk_setup(ctx, inputs, output):
 
 
 def _topk_backward(ctx, grad, _row_ptr, _col_idx):
-    row_ptr, col_idx = ctx.saved_tensors
-    m, n = ctx.size
-    rows = _rows_of(row_ptr, col_idx.shape[0])
-    return grad.new_zeros(m * n).index_put((rows * n + col_idx,), grad).view(m, n), None
+    return _scatter(grad, *ctx.saved_tensors, ctx.size), None
 
 
 register_autograd("cmd_ext::topk_csr", _topk_backward, setup_context=_topk_setup)
+
+
+def residual_topk_csr(w: Tensor, u: Tensor, v: Tensor, nnz: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """R = W - U V of each matrix, and its `nnz` entries largest in magnitude as CSR.
+
+    Args:
+        w: [m, n] or [b, m, n], float32 or float64.
+        u: [m, r] or [b, m, r]; r may be 0.
+        v: [groups * r, n] or [b, groups * r, n]; rows g * r .. are multiplied with row group g of u.
+        nnz: 0 <= nnz <= m * n.
+
+    Returns:
+        residual [b, m, n], values [b, nnz], row_ptr [b, m + 1] int32, col_idx [b, nnz] int32, without b for a matrix;
+        ties and NaN as in topk_csr.
+
+    Raises:
+        ValueError: shapes do not fit, nnz out of range, or a 16-bit dtype.
+        TypeError: dtypes differ.
+    """
+    _check_dtypes("residual_topk_csr", "w", w, u=u, v=v)
+    if w.dim() not in (2, 3) or not w.dim() == u.dim() == v.dim():
+        sizes = f"{[*w.shape]}, {[*u.shape]} and {[*v.shape]}"
+        raise ValueError(f"residual_topk_csr: w, u and v must be matrices or batches of them, got {sizes}")
+    if w.dim() == 3:
+        return _ops.residual_topk_csr(w, u, v, nnz)
+    residual, values, row_ptr, col_idx = _ops.residual_topk_csr(w[None], u[None], v[None], nnz)
+    return residual[0], values[0], row_ptr[0], col_idx[0]
+
+
+@register_fake("cmd_ext::residual_topk_csr")
+def _(w, u, v, nnz):
+    return w.new_empty(w.shape), *_empty_csr(w, nnz)
+
+
+def _residual_setup(ctx, inputs, output):
+    _, u, v, _ = inputs
+    _, _, row_ptr, col_idx = output
+    ctx.save_for_backward(u, v, row_ptr, col_idx)
+    ctx.mark_non_differentiable(row_ptr, col_idx)
+
+
+def _residual_backward(ctx, grad, grad_values, _row_ptr, _col_idx):
+    """The values are entries of R: with dR = grad + grad_values on the support, dU = -dR V^T and dV = -U^T dR."""
+    u, v, row_ptr, col_idx = ctx.saved_tensors
+    _, need_u, need_v, _ = ctx.needs_input_grad
+    grad = grad + _scatter(grad_values, row_ptr, col_idx, grad.shape)
+    b, m, r = u.shape
+    n = v.shape[2]
+    groups = v.shape[1] // r if r else 1
+    blocks = grad.reshape(b * groups, m // groups, n)
+    gu = gv = None
+    if need_u:
+        gu = -torch.bmm(blocks, v.reshape(b * groups, r, n).mT).view(u.shape)
+    if need_v:
+        gv = -torch.bmm(u.reshape(b * groups, m // groups, r).mT, blocks).view(v.shape)
+    return grad, gu, gv, None
+
+
+register_autograd("cmd_ext::residual_topk_csr", _residual_backward, setup_context=_residual_setup)
+
+
+# csr_transpose ------------------------------------------------------------------------------------------------------
+
+
+def csr_transpose(row_ptr: Tensor, col_idx: Tensor, n: int, groups: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+    """A CSR support by columns. It has no gradient: the values of the transpose are `values[perm]`.
+
+    Args:
+        row_ptr: [m + 1] int32.
+        col_idx: [nnz] int32 in [0, n), ascending strictly within a row.
+        n: columns.
+        groups: row groups, whose columns are listed one group after another; divides m.
+
+    Returns:
+        col_ptr [groups * n + 1], row_idx [nnz] and perm [nnz], int32, as in Pattern.
+
+    Raises:
+        ValueError: shapes do not fit or, on the CPU, the support is no CSR.
+    """
+    return _ops.csr_transpose(row_ptr, col_idx, n, groups)
+
+
+@register_fake("cmd_ext::csr_transpose")
+def _(row_ptr, col_idx, n, groups):
+    return row_ptr.new_empty(groups * n + 1), torch.empty_like(col_idx), torch.empty_like(col_idx)
 
 
 # lrs_linear, dense_weight, sddmm ------------------------------------------------------------------------------------
@@ -400,7 +497,7 @@ def _sddmm_backward(ctx, grad):
     """With G the gradient on the support: da = G b and db = G^T a, products of a sparse matrix with rank 0."""
     a, b, row_ptr, col_idx = ctx.saved_tensors
     need_a, need_b, *_ = ctx.needs_input_grad
-    pattern = _with_transpose(row_ptr, col_idx, _rows_of(row_ptr, col_idx.shape[0]), b.shape[0])
+    pattern = _with_transpose(row_ptr, col_idx, b.shape[0])
 
     def product(dense, values, pattern):  # S [m, n], dense [n, k] -> [m, k]
         u, v = grad.new_empty(pattern.row_ptr.shape[0] - 1, 0), grad.new_empty(0, dense.shape[0])
@@ -563,7 +660,7 @@ def _grad_values_backward(ctx, gvalues):
     need_grad, need_x, *_ = ctx.needs_input_grad
     kernel_size, groups = ctx.geometry[0], ctx.geometry[-1]
     n = x.shape[1] // groups * kernel_size[0] * kernel_size[1]
-    pattern = _with_transpose(row_ptr, col_idx, _rows_of(row_ptr, col_idx.shape[0]), n, groups)
+    pattern = _with_transpose(row_ptr, col_idx, n, groups)
     u, v = x.new_empty(grad.shape[1], 0), x.new_empty(0, n)
     ggrad = gx = None
     if need_grad:

@@ -39,15 +39,35 @@ def truncated_svd(a: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
 
 def topk_csr(a: Tensor, nnz: int) -> tuple[Tensor, Tensor, Tensor]:
     """Largest |a| by a stable sort (so that ties go to the lower linear index), NaN first."""
-    flat = a.flatten().double()
+    if a.dim() == 2:
+        values, row_ptr, col_idx = topk_csr(a[None], nnz)
+        return values[0], row_ptr[0], col_idx[0]
+    b, m, n = a.shape
+    flat = a.flatten(1).double()
     magnitude = torch.where(flat.isnan(), torch.inf, flat.abs())
     by_size = torch.argsort(magnitude, descending=True, stable=True)
-    nan_first = torch.argsort(flat[by_size].isnan().to(torch.int8), descending=True, stable=True)
-    kept = by_size[nan_first][:nnz].sort().values
-    m, n = a.shape
-    counts = torch.bincount(kept // n, minlength=m)
-    row_ptr = torch.cat([counts.new_zeros(1), counts.cumsum(0)]).int()
-    return a.flatten()[kept], row_ptr, (kept % n).int()
+    nan_first = torch.argsort(flat.gather(1, by_size).isnan().to(torch.int8), descending=True, stable=True)
+    kept = by_size.gather(1, nan_first)[:, :nnz].sort(1).values
+    counts = kept.new_zeros(b, m).scatter_add(1, kept // n, torch.ones_like(kept))
+    return a.flatten(1).gather(1, kept), F.pad(counts.cumsum(1), (1, 0)).int(), (kept % n).int()
+
+
+def residual_topk_csr(w: Tensor, u: Tensor, v: Tensor, nnz: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    m, r = u.shape[-2:]
+    groups = v.shape[-2] // r if r else 1
+    blocks = u.unflatten(-2, (groups, m // groups)) @ v.unflatten(-2, (groups, r))
+    residual = w - blocks.flatten(-3, -2)
+    return residual, *topk_csr(residual, nnz)
+
+
+def csr_transpose(row_ptr: Tensor, col_idx: Tensor, n: int, groups: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+    """By a stable sort of the columns."""
+    m = row_ptr.numel() - 1
+    rows = torch.repeat_interleave(torch.arange(m, device=row_ptr.device), row_ptr.diff().long())
+    columns = rows * groups // max(m, 1) * n + col_idx
+    perm = torch.argsort(columns, stable=True)
+    counts = torch.bincount(columns, minlength=groups * n)
+    return F.pad(counts.cumsum(0), (1, 0)).int(), rows[perm].int(), perm.int()
 
 
 def lrs_linear(x: Tensor, u: Tensor, v: Tensor, values: Tensor, pattern: Pattern, bias: Tensor | None = None) -> Tensor:

@@ -20,6 +20,12 @@
 DEFINE(CMD_EXT_LIBRARY, m) {
   m.def("truncated_svd(Tensor a, Tensor basis, int rank, int n_iter) -> (Tensor u, Tensor s, Tensor vh)");
   m.def("topk_csr(Tensor a, int nnz) -> (Tensor values, Tensor row_ptr, Tensor col_idx)");
+  m.def(
+      "residual_topk_csr(Tensor w, Tensor u, Tensor v, int nnz) -> (Tensor residual, Tensor values, Tensor row_ptr, "
+      "Tensor col_idx)");
+  m.def(
+      "csr_transpose(Tensor row_ptr, Tensor col_idx, int n, int groups) -> (Tensor col_ptr, Tensor row_idx, Tensor "
+      "perm)");
   m.def("lrs_linear(Tensor x, Tensor u, Tensor v, Tensor values, " PATTERN ", Tensor? bias) -> Tensor");
   m.def("dense_weight(Tensor u, Tensor v, Tensor values, Tensor row_ptr, Tensor col_idx, int groups) -> Tensor");
   m.def("sddmm(Tensor a, Tensor b, Tensor row_ptr, Tensor col_idx) -> Tensor");
@@ -33,6 +39,8 @@ DEFINE(CMD_EXT_LIBRARY, m) {
 static void implement_all(torch::stable::detail::StableLibrary& m) {
   m.impl("truncated_svd", TORCH_BOX(&cmd_ext::truncated_svd));
   m.impl("topk_csr", TORCH_BOX(&cmd_ext::topk_csr));
+  m.impl("residual_topk_csr", TORCH_BOX(&cmd_ext::residual_topk_csr));
+  m.impl("csr_transpose", TORCH_BOX(&cmd_ext::csr_transpose));
   m.impl("lrs_linear", TORCH_BOX(&cmd_ext::lrs_linear));
   m.impl("dense_weight", TORCH_BOX(&cmd_ext::dense_weight));
   m.impl("sddmm", TORCH_BOX(&cmd_ext::sddmm));

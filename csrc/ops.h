@@ -10,6 +10,10 @@ std::tuple<Tensor, Tensor, Tensor> truncated_svd(const Tensor& a, const Tensor& 
 
 // threshold.cpp
 std::tuple<Tensor, Tensor, Tensor> topk_csr(const Tensor& a, int64_t nnz);
+std::tuple<Tensor, Tensor, Tensor, Tensor> residual_topk_csr(const Tensor& w, const Tensor& u, const Tensor& v,
+                                                             int64_t nnz);
+std::tuple<Tensor, Tensor, Tensor> csr_transpose(const Tensor& row_ptr, const Tensor& col_idx, int64_t n,
+                                                 int64_t groups);
 
 // linear.cpp
 Tensor lrs_linear(const Tensor& x, const Tensor& u, const Tensor& v, const Tensor& values, const Tensor& row_ptr,

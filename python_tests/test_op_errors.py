@@ -77,9 +77,30 @@ ERRORS = [
     ("truncated_svd", "rank", lambda _: -1, "rank must lie in [0, columns of basis] = [0, 4], got -1"),
     ("truncated_svd", "n_iter", lambda _: -1, "n_iter must be >= 0, got -1"),
     ("topk_csr", "a", Tensor.int, "a must be float32, float64, bfloat16 or float16"),
-    ("topk_csr", "a", lambda t: t[0], "a must be [m, n], got 1-dimensional [6]"),
+    ("topk_csr", "a", lambda t: t[0], "a must be [b, m, n], got 2-dimensional [5, 6]"),
     ("topk_csr", "nnz", lambda _: -1, "nnz must lie in [0, m * n] = [0, 30], got -1"),
     ("topk_csr", "nnz", lambda _: 31, "nnz must lie in [0, m * n] = [0, 30], got 31"),
+    ("residual_topk_csr", "w", Tensor.int, "w must be float32, float64, bfloat16 or float16"),
+    ("residual_topk_csr", "w", Tensor.half, "w must be float32 or float64, got a 16-bit type"),
+    ("residual_topk_csr", "w", lambda t: t[0], "w must be [b, m, n], got 2-dimensional [4, 6]"),
+    ("residual_topk_csr", "u", lambda t: t[0], "u must be [b, m, r], got 2-dimensional [4, 3]"),
+    ("residual_topk_csr", "v", lambda t: t[0], "v must be [b, groups * r, n], got 2-dimensional [6, 6]"),
+    ("residual_topk_csr", "u", Tensor.float, "u must have the dtype of the first argument"),
+    ("residual_topk_csr", "v", Tensor.float, "v must have the dtype of the first argument"),
+    ("residual_topk_csr", "u", lambda t: t[:, 1:], "u must be [b, m, r] = [2, 4, 3], got [2, 3, 3]"),
+    ("residual_topk_csr", "v", lambda t: t[:, 1:], "v must be [b, groups * r, n] with r = u.size(2) = 3, got "),
+    ("residual_topk_csr", "v", lambda t: t[:, :0], "v must be [b, groups * r, n] with r = u.size(2) = 3, got "),
+    ("residual_topk_csr", "u", lambda t: t[..., :0], "v must be [b, groups * r, n] with r = u.size(2) = 0, got "),
+    ("residual_topk_csr", "u", lambda t: t[..., :2], "groups = v.size(1) / r = 3 must divide m = 4"),
+    ("residual_topk_csr", "v", lambda t: t[..., 1:], "v must be [b, groups * r, n] = [2, 6, 6], got [2, 6, 5]"),
+    ("residual_topk_csr", "nnz", lambda _: 25, "nnz must lie in [0, m * n] = [0, 24], got 25"),
+    *(e for e in support_errors("csr_transpose", "row_ptr", "col_idx") if "rows + 1" not in e[3]),
+    ("csr_transpose", "row_ptr", lambda t: t[None], "row_ptr must be [m + 1], got 2-dimensional [1, 5]"),
+    ("csr_transpose", "row_ptr", lambda t: t[:0], "row_ptr must be [m + 1], got [0]"),
+    ("csr_transpose", "col_idx", lambda t: t[None], "col_idx must be [nnz], got 2-dimensional [1, 9]"),
+    ("csr_transpose", "n", lambda _: -1, "n must be >= 0, got -1"),
+    ("csr_transpose", "n", lambda _: 1 << 30, "m and groups * n must fit in int32, got m 4 and groups * n 2147483648"),
+    ("csr_transpose", "groups", lambda _: 3, "groups must divide m = row_ptr.size(0) - 1 = 4, got 3"),
     *weight_errors("lrs_linear", "x"),
     *support_errors("lrs_linear", "row_ptr", "col_idx"),
     ("lrs_linear", "x", lambda t: t[0, 0], "x must be [..., n], got a scalar"),
@@ -191,6 +212,13 @@ def test_wrong_arguments_of_the_public_functions():
     with pytest.raises(TypeError, match=r"sddmm: b must have the dtype of a = torch.float64, got torch.float16"):
         ops.sddmm(a, b.half(), row_ptr, col_idx)
     a = random(6, 9)
+    with pytest.raises(ValueError, match=re.escape("topk_csr: a must be [m, n] or [b, m, n], got [9]")):
+        ops.topk_csr(a[0], 1)
+    with pytest.raises(TypeError, match=r"residual_topk_csr: v must have the dtype of w = torch.float64"):
+        ops.residual_topk_csr(a, a[:, :2], a[:2].float(), 1)
+    message = "residual_topk_csr: w, u and v must be matrices or batches of them, got [6, 9], [6, 2] and [1, 2, 9]"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        ops.residual_topk_csr(a, a[:, :2], a[None, :2], 1)
     with pytest.raises(TypeError, match=r"truncated_svd: basis must have the dtype of a = torch.float64"):
         ops.truncated_svd(a, 3, basis=random(9, 4, dtype=F32))
     with pytest.raises(ValueError, match=re.escape("truncated_svd: a must be [b, m, n] or [m, n], got [9]")):

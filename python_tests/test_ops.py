@@ -252,6 +252,42 @@ def test_topk_csr_of_nothing():
     for m, n in ((0, 5), (5, 0), (0, 0)):
         values, row_ptr, col_idx = ops.topk_csr(random(m, n), 0)
         assert (len(values), row_ptr.tolist(), len(col_idx)) == (0, [0] * (m + 1), 0)
+    assert [t.shape for t in ops.topk_csr(random(0, 3, 4), 2)] == [(0, 2), (0, 4), (0, 2)]
+
+
+def test_topk_csr_of_a_batch():
+    a = random(3, 7, 11)
+    for got, want in zip(ops.topk_csr(a, 20), ref.topk_csr(a, 20), strict=True):
+        assert torch.equal(got, want)
+
+
+# (batch, m, n, rank, groups, nnz)
+RESIDUAL = [
+    ((), 37, 53, 5, 1, 300),
+    ((2,), 70, 68, 18, 1, 500),
+    ((2,), 12, 9, 2, 3, 40),
+    ((3,), 7, 96, 0, 1, 50),
+    ((2,), 5, 6, 5, 1, 0),
+    ((1,), 5, 6, 2, 5, 30),
+    ((0,), 5, 6, 2, 1, 3),
+    ((2,), 0, 6, 0, 1, 0),
+    ((2,), 6, 0, 2, 3, 0),
+]
+
+
+@pytest.mark.parametrize("dtype", [F64, F32], ids=str)
+@pytest.mark.parametrize("case", RESIDUAL, ids=str)
+def test_residual_topk_csr_value(case, dtype):
+    batch, m, n, rank, groups, nnz = case
+    args = [random(*batch, *size, dtype=dtype) for size in ((m, n), (m, rank), (groups * rank, n))]
+    residual, *kept = ops.residual_topk_csr(*args, nnz)
+    want, *_ = ref.residual_topk_csr(*map(Tensor.double, args), nnz)
+    w, *factors = (a.double().abs() for a in args)
+    magnitude, *_ = ref.residual_topk_csr(-w, *factors, nnz)
+    assert ((residual.double() - want).abs() <= 2 * (rank + 1) * torch.finfo(dtype).eps * magnitude.abs()).all()
+    for got, same in zip(kept, ref.topk_csr(residual, nnz), strict=True):
+        assert torch.equal(got, same)
+    assert all(t.is_contiguous() for t in (residual, *kept))
 
 
 def with_spectrum(m: int, n: int, spectrum: list[float], dtype: torch.dtype = F64) -> Tensor:
@@ -317,21 +353,37 @@ def test_truncated_svd_starts():
     assert [t.shape for t in ops.truncated_svd(a.expand(0, -1, -1), 4)] == [(0, 30, 4), (0, 4), (0, 4, 20)]
 
 
-def test_pattern_lists_the_transpose():
-    for m, n, groups, nnz in ((6, 5, 1, 13), (6, 5, 3, 20), (4, 7, 2, 0), (0, 3, 1, 0), (3, 4, 3, 12)):
-        _, row_ptr, col_idx = ref.topk_csr(random(m, n), nnz)
-        pattern = Pattern.from_csr(row_ptr.long(), col_idx.long(), n, groups)
-        assert all(t.dtype == torch.int32 and t.is_contiguous() for t in pattern)
-        values = torch.arange(1.0, nnz + 1)
-        blocks = ref.csr_to_dense(values, row_ptr, col_idx, n).view(groups, m // groups, n)
-        by_columns = ref.csr_to_dense(values[pattern.perm], pattern.col_ptr, pattern.row_idx, m)
-        expected = [b for g in range(groups) for b in _columns_of_group(blocks, g)]
-        assert torch.equal(by_columns, torch.stack(expected))
-        if groups == 1:
-            assert all(map(torch.equal, pattern.transpose().transpose(), pattern))
-            assert torch.equal(values[pattern.perm][pattern.transpose().perm], values)
-        rows = ops.csr_rows(row_ptr, col_idx, n)
-        assert rows.tolist() == [i for i in range(m) for _ in range(row_ptr[i], row_ptr[i + 1])]
+PATTERNS = [(6, 5, 1, 13), (6, 5, 3, 20), (4, 7, 2, 0), (0, 3, 1, 0), (3, 4, 3, 12), (5, 0, 1, 0), (60, 70, 4, 900)]
+
+
+@pytest.mark.parametrize(("m", "n", "groups", "nnz"), PATTERNS)
+def test_csr_transpose(m, n, groups, nnz):
+    _, row_ptr, col_idx = ref.topk_csr(random(m, n), nnz)
+    args = row_ptr, col_idx, n, groups
+    for got, want in zip(ops.csr_transpose(*args), ref.csr_transpose(*args), strict=True):
+        assert torch.equal(got, want)
+        assert got.dtype == torch.int32
+    odd = spaced(row_ptr), spaced(col_idx), n, groups
+    assert all(map(torch.equal, ops.csr_transpose(*odd), ref.csr_transpose(*args)))
+    torch.library.opcheck(RAW.csr_transpose.default, odd)
+    compiled = torch.compile(RAW.csr_transpose, fullgraph=True, backend="aot_eager")
+    assert all(map(torch.equal, compiled(*args), ref.csr_transpose(*args)))
+
+
+@pytest.mark.parametrize(("m", "n", "groups", "nnz"), PATTERNS)
+def test_pattern_lists_the_transpose(m, n, groups, nnz):
+    _, row_ptr, col_idx = ref.topk_csr(random(m, n), nnz)
+    pattern = Pattern.from_csr(row_ptr.long(), col_idx.long(), n, groups)
+    assert all(t.dtype == torch.int32 and t.is_contiguous() for t in pattern)
+    values = torch.arange(1.0, nnz + 1)
+    blocks = ref.csr_to_dense(values, row_ptr, col_idx, n).view(groups, m // groups, n)
+    by_columns = ref.csr_to_dense(values[pattern.perm], pattern.col_ptr, pattern.row_idx, m)
+    assert torch.equal(by_columns, torch.cat([_columns_of_group(blocks, g) for g in range(groups)]))
+    if groups == 1:
+        assert all(map(torch.equal, pattern.transpose().transpose(), pattern))
+        assert torch.equal(values[pattern.perm][pattern.transpose().perm], values)
+    rows = ops.csr_rows(row_ptr, col_idx, n)
+    assert rows.tolist() == [i for i in range(m) for _ in range(row_ptr[i], row_ptr[i + 1])]
 
 
 def _columns_of_group(blocks: Tensor, group: int) -> Tensor:
@@ -353,7 +405,11 @@ def sample(name: str) -> list:
     if name == "truncated_svd":
         return [leaf(2, 4, 5), random(2, 5, 4), 2, 1]  # as many columns as rows: no error of the iteration
     if name == "topk_csr":
-        return [leaf(5, 6), 7]
+        return [leaf(2, 5, 6), 7]
+    if name == "csr_transpose":
+        return [*layer(4, 6, 0, 9)[3][:2], 6, 2]
+    if name == "residual_topk_csr":
+        return [leaf(2, 4, 6), leaf(2, 4, 3), leaf(2, 6, 6), 7]
     if name == "lrs_linear":
         u, v, values, pattern = layer(5, 6, 2, 9)
         return [leaf(3, 6), *apply(Tensor.requires_grad_, (u, v, values)), *pattern, leaf(5)]
@@ -372,6 +428,7 @@ def sample(name: str) -> list:
 OPS = (
     "truncated_svd",
     "topk_csr",
+    "residual_topk_csr",
     "lrs_linear",
     "sddmm",
     "lrs_conv2d",
@@ -454,11 +511,11 @@ def test_gradient_of_any_strides(name):
 def test_every_subset_of_gradients(name):
     op, args = getattr(RAW, name), sample(name)
     where = [i for i, a in enumerate(args) if is_float(a)]
-    full = dict(zip(where, results(op, args)[1:], strict=True))
+    full = dict(zip(where, results(op, args)[-len(where) :], strict=True))
     for count in range(1, len(where)):
         for chosen in itertools.combinations(where, count):
             some = [a.detach().requires_grad_(i in chosen) if is_float(a) else a for i, a in enumerate(args)]
-            assert_all_close(results(op, some)[1:], [full[i] for i in chosen])
+            assert_all_close(results(op, some)[-count:], [full[i] for i in chosen])
 
 
 @every_op

@@ -16,7 +16,9 @@ from cmd_ext import _C
 def large(name: str) -> list:
     """Arguments large enough to be cut into pieces; rank 0, as torch's GEMM promises no bits."""
     if name == "topk_csr":
-        return [random(400, 700, dtype=F32), 50000]
+        return [random(2, 400, 700, dtype=F32), 50000]
+    if name == "residual_topk_csr":
+        return [random(1, 400, 700, dtype=F32), random(1, 400, 0, dtype=F32), random(1, 0, 700, dtype=F32), 50000]
     if "linear" in name or name == "sddmm":
         u, v, values, pattern = layer(256, 300, 0, 20000, dtype=F32)
         if name == "sddmm":
