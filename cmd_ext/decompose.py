@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from . import ops
+from . import dispatch, ops
 
 DEFAULT_COEFFICIENT = 0.7  # the best or near-best share of S on real layers once a third of the entries is kept
 _GRAM_SIDE = 1024  # up to this short side eigh of the Gram matrix beats subspace iteration
@@ -152,8 +152,9 @@ def decompose_batch(
     for (shape, dtype, device), members in batches.items():
         m, n = shape
         r, k = _sizes(m, n, groups, rank, nnz, budget, sparse_coefficient)
-        stack = torch.stack([matrix for _, matrix in members]).cpu()  # where the kernels are
-        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+        here = device if device.type == "cuda" and dispatch.has_cuda_kernels() else torch.device("cpu")
+        stack = torch.stack([matrix for _, matrix in members]).to(here)
+        with torch.no_grad(), torch.autocast(here.type, enabled=False):
             wide = stack.float() if dtype in (torch.bfloat16, torch.float16) else stack
             fits = _fit(wide, groups, r, k, n_iter, tol, generator)
         for (index, _), fit in zip(members, fits, strict=True):
