@@ -196,8 +196,11 @@ def _sizes(m, n, groups, rank, nnz, budget, coefficient) -> tuple[int, int]:
 
 
 def _linear_index(row_ptr: Tensor, col_idx: Tensor, n: int) -> Tensor:
-    rows = torch.repeat_interleave(torch.arange(len(row_ptr) - 1, device=row_ptr.device), row_ptr.diff().long())
-    return rows * n + col_idx
+    """Where the nonzeros lie in the flattened matrix, or in the flattened batch of [b, m + 1] and [b, nnz]."""
+    counts = row_ptr.diff().flatten().long()
+    rows = torch.arange(len(counts), device=row_ptr.device)
+    rows = torch.repeat_interleave(rows, counts, output_size=col_idx.numel())
+    return rows * n + col_idx.flatten()
 
 
 def _fit(w: Tensor, groups: int, rank: int, nnz: int, n_iter: int, tol: float, generator) -> list[Decomposition]:
@@ -213,8 +216,8 @@ def _fit(w: Tensor, groups: int, rank: int, nnz: int, n_iter: int, tol: float, g
     passes = n_iter if 0 < rank < min(m // groups, n) and 0 < nnz < m * n else 1
     for t in range(1, passes + 1):
         growing = 2 * t < passes
-        low_rank = torch.bmm(u, v).view(b, m, n)
-        s = _sparse_part(w - low_rank, nnz * 2 * t // passes if growing else nnz)
+        low_rank = u.reshape(b, m, rank), v.reshape(b, groups * rank, n)
+        s = _sparse_part(w, *low_rank, nnz * 2 * t // passes if growing else nnz)
         history.append(s.error / norms.clamp_min(torch.finfo(torch.float64).tiny))
         if t == passes or (not growing and len(history) > 1 and not _improves(history, tol)):
             break
@@ -251,22 +254,23 @@ def _leading_part(w: Tensor, rank: int, generator) -> tuple[Tensor, Tensor]:
 
 @dataclass
 class _Sparse:
-    """S of each matrix of a batch, and the error left after it [b]."""
+    """S of each matrix of a batch as CSR, and the error left after it [b]."""
 
-    parts: list[tuple[Tensor, Tensor, Tensor]]
+    values: Tensor
+    row_ptr: Tensor
+    col_idx: Tensor
     error: Tensor
 
 
-def _sparse_part(residual: Tensor, nnz: int) -> _Sparse:
-    parts = [ops.topk_csr(r, nnz) for r in residual]
-    left = residual.double().square().sum((1, 2)) - torch.stack([p[0].double().square().sum() for p in parts])
-    return _Sparse(parts, left.clamp_min(0).sqrt())
+def _sparse_part(w: Tensor, u: Tensor, v: Tensor, nnz: int) -> _Sparse:
+    residual, values, row_ptr, col_idx = ops.residual_topk_csr(w, u, v, nnz)
+    left = residual.double().square().sum((1, 2)) - values.double().square().sum(1)
+    return _Sparse(values, row_ptr, col_idx, left.clamp_min(0).sqrt())
 
 
 def _subtract(w: Tensor, s: _Sparse) -> Tensor:
     rest = w.clone()
-    for matrix, (values, row_ptr, col_idx) in zip(rest, s.parts, strict=True):
-        matrix.view(-1)[_linear_index(row_ptr, col_idx, w.shape[-1])] -= values
+    rest.view(-1)[_linear_index(s.row_ptr, s.col_idx, w.shape[-1])] -= s.values.flatten()
     return rest
 
 
@@ -278,9 +282,8 @@ def _results(w, u, v, s: _Sparse, groups: int, history: list[Tensor]) -> list[De
     u, v = u.reshape(b, m, -1), v.reshape(b, -1, n)
     fits = []
     for i in range(b):
-        fit = Decomposition(
-            u[i].contiguous(), v[i].contiguous(), *s.parts[i], 0.0, [float(h[i]) for h in history], groups
-        )
+        sparse = (t[i].clone() for t in (s.values, s.row_ptr, s.col_idx))
+        fit = Decomposition(u[i].contiguous(), v[i].contiguous(), *sparse, 0.0, [float(h[i]) for h in history], groups)
         norm = w[i].double().norm()
         fit.relative_error = float((w[i].double() - fit.to_dense().double()).norm() / norm) if norm > 0 else 0.0
         fits.append(fit)
