@@ -11,8 +11,8 @@
 // nothing waits for the device: cuSOLVER's QR and SVD do, take the matrices of a batch one by one, or both. QR is
 // Cholesky QR in double with a shift where a pivot vanishes. One pass is enough for float inside of the iteration, two
 // for an orthonormal result; double, which has no wider type for its Gram matrices, takes twice as many. Where the
-// basis spans everything or the short side is at most 64 the result is the exact SVD of A: the last line above with Q =
-// I. A matrix with NaN or infinity gives NaN, as an error would have to wait.
+// basis spans everything or the short side is at most 64 the result is the exact SVD of A, by the last step with Q = I.
+// A matrix with NaN or infinity gives NaN, as an error would have to wait.
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -92,8 +92,9 @@ Tensor cholesky_inverse(const Gpu& gpu, const Tensor& gram, double shift) {
 // Orthonormal columns in double that span those of y [b, m, l].
 Tensor orthonormal(const Gpu& gpu, const Tensor& y, int passes) {
   const int64_t b = y.size(0), m = y.size(1), l = y.size(2);
-  Tensor q = torch::stable::contiguous(y);
+  Tensor q = y;
   for (int pass = 0; pass < passes; ++pass) {
+    q = torch::stable::contiguous(q);
     Tensor unit = torch::stable::new_empty(y, {b, m, l}, ScalarType::Double);
     const double noise = q.scalar_type() == ScalarType::Double ? 8 * kEpsilon : 1.5e-8;
     dispatch(q.scalar_type(), [&](auto tag) {

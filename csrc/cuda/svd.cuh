@@ -1,31 +1,43 @@
 // The batched pieces of truncated_svd that are not matrix products; csrc/svd.cpp composes them with torch's bmm.
 //
-//   orthonormal basis of Y [m, l] (shifted Cholesky QR):  Y <- normalize_columns(Y);  Y <- Y inverse(chol(Y^T Y)),
-//   twice SVD of the small factor X [s, s] (one-sided Jacobi):  H X = Sigma Z with H and the rows of Z orthonormal
+//   orthonormal basis of Y [m, l]:  Y <- normalize_columns(Y),  Y <- Y inverse(chol(Y^T Y)), twice (Cholesky QR)
+//   SVD of the small factor X [s, s]:  H X = Sigma Z with orthonormal rows of H and Z (one-sided Jacobi)
 //   fix_signs: the entry of each column of u largest in magnitude is positive
 //
 // normalize_columns: a block owns 8 columns (whole sectors of a row, four rows a warp) and reads them three times, from
 //   the cache after the first. It scales by a power of two first, so that no square overflows, and adds noise at the
 //   level of rounding, without which a rank-deficient Y would stay so: this is what makes the basis orthonormal for
 //   every finite input, at a backward error of the size of one rounding.
+//
 // cholesky_inverse: a block a matrix of up to 128 rows, its packed lower triangle of doubles (66 KB) in shared memory.
 //   Gauss-Jordan elimination leaves inverse(L) in place of the triangle in one pass of s steps (two barriers each,
 //   s^3 / 3 multiply-adds), so that factor and inverse cost the same as either. Larger matrices are split by the
 //   caller, whose bmm then does most of the work. A pivot at the level of rounding restarts with a shifted diagonal, on
 //   the device: the next pass of QR removes what the shift has left.
-// jacobi_rotate: a warp a pair of rows, all pairs in rounds of a tournament. What fits in shared memory (s <= 168
-// floats
-//   or 119 doubles on H100) runs to convergence in one block; beyond it, a block takes two bands of up to 32 rows, one
-//   tournament inside them, and the bands meet in an outer tournament of one launch a round, whose remaining launches
-//   return at once when a sweep has changed nothing. Rotations are x -= sin (y + tan(angle / 2) x), which stay
-//   orthogonal to 1e-6 after ten thousand of them where x = cos x - sin y reaches 4e-5. Norms are never updated, always
-//   summed anew, so that small singular values are as accurate as large ones, relative to themselves.
 //
-// H100, fp32, A [512, 4608] with l = 60: A is 9.4 MB, a product 0.28 GFLOP = 4.2 us; a QR pass reads and writes Y three
-// times in fp64, 13 MB = 4.4 us and 66 MFLOP. Jacobi at s = 60: 60 rounds, 8 sweeps, 0.4 us a round = 190 us, bound by
-// the latency of barriers and square roots, not by shared memory (0.03 ms a sweep at s = 168). A [4096, 4096] with
-// l = 418: 14 GFLOP = 214 us a product, 2.9 GFLOP of fp64 = 45 us a QR pass; Jacobi 13 rounds of 63, 10 sweeps, about
-// 6 ms. So products run at what bmm reaches, and the rest is latency; a batch of layers of one shape fills the device.
+// jacobi_rotate: a warp a pair of rows, disjoint pairs at a time in the rounds of a tournament. Up to 112 rows, one
+//   block runs to convergence in shared memory. Beyond, a block takes two bands of up to 16 rows, all pairs across
+//   them, and the bands meet in an outer tournament of a launch a round; once a sweep has changed nothing the remaining
+//   launches return at once. A band is narrow because the shared memory of one SM is what limits a block, and there are
+//   s / 32 of them. Rotations are x -= sin (y + tan(angle / 2) x): h stays orthonormal to 2e-6 over ten sweeps of 200
+//   rows in fp32, where x = cos x - sin y reaches 4e-5. Norms are summed anew for every pair, not updated, so that
+//   small singular values keep orthogonal vectors.
+//
+// H100, with l = rank + 8: everything here is bound by latency, and the launches of the fp32 path with four iterations
+// (about 77) take 0.3 ms. A round of Jacobi with a pair a warp takes some 0.4 us (shuffles, square roots, a barrier):
+// 60 rows, 8 sweeps: 0.2 ms; 418 rows, 12 sweeps of 27 launches of 16 rounds: 7 ms. A batch of layers of one shape
+// takes hardly longer than one. Beside it stand, at l = 418 and A [4096, 4096], products of 214 us and QR passes whose
+// 2.9 GFLOP of fp64 products take 45 us (1.5 ms where fp64 runs at 1/64 of fp32: sm_120).
+//
+// roofline normalize_columns layer3 fp32 l=34: 0.104 MB, 0 GFLOP, 0.0348 us, 0.01
+// roofline normalize_columns conv4 fp32 l=59: 0.362 MB, 0 GFLOP, 0.121 us, 0.02
+// roofline normalize_columns linear4096 fp32 l=418: 20.5 MB, 0 GFLOP, 6.85 us, 0.2
+// roofline cholesky_inverse conv4 fp64 s=59: 0.0557 MB, 0.000137 GFLOP, 0.0186 us, 0.001
+// roofline jacobi_svd layer3 fp32 s=34 r=26 sweeps=7: 0.0164 MB, 0.00294 GFLOP, 0.0438 us, 0.0005
+// roofline jacobi_svd conv4 fp32 s=59 r=51 sweeps=8: 0.0521 MB, 0.0178 GFLOP, 0.265 us, 0.001
+// roofline jacobi_svd linear4096 fp32 s=418 r=410 sweeps=12: 2.77 MB, 9.62 GFLOP, 144 us, 0.02
+// roofline fix_signs conv4 fp32 r=51: 2.09 MB, 0 GFLOP, 0.696 us, 0.1
+// roofline fix_signs linear4096 fp32 r=410: 26.9 MB, 0 GFLOP, 8.96 us, 0.5
 #pragma once
 
 #include <math.h>
@@ -37,8 +49,9 @@ namespace cmd_ext::cuda {
 
 constexpr int kStrip = 8;  // columns of a block in the kernels that walk down columns
 constexpr int kCholeskyThreads = 256;
-constexpr int kBand = 32;  // rows of a band of jacobi_rotate, one pair a warp
-constexpr int kMaxSweeps = 24;
+constexpr int kBand = 16;       // rows of a band of jacobi_rotate
+constexpr int kOneBlock = 112;  // rows up to which one block takes a matrix; what shared memory holds on every target
+constexpr int kMaxSweeps = 30;
 
 // Fixed pseudo-random numbers in [-1, 1).
 __device__ __forceinline__ uint32_t mix_bits(uint32_t x) {
@@ -250,7 +263,8 @@ __device__ __forceinline__ bool rotate_rows(T* x, T* y, T* p, T* q, int s) {
   const T tolerance = sizeof(T) == 4 ? T(4.8e-7) : T(8.9e-16);  // 4 eps
   if (!(fabs(xy) > tolerance * sqrt(xx) * sqrt(yy))) return false;
   const T zeta = (yy - xx) / (2 * xy);
-  const T tangent = copysign(T(1), zeta) / (fabs(zeta) + sqrt(1 + zeta * zeta));
+  const T root = fabs(zeta) < T(1e9) ? sqrt(1 + zeta * zeta) : fabs(zeta);  // the square may be infinite
+  const T tangent = copysign(T(1), zeta) / (fabs(zeta) + root);
   const T cosine = 1 / sqrt(1 + tangent * tangent);
   const T sine = cosine * tangent, half_tangent = sine / (1 + cosine);
   for (int k = lane; k < s; k += 32) {
@@ -263,7 +277,8 @@ __device__ __forceinline__ bool rotate_rows(T* x, T* y, T* p, T* q, int s) {
   return true;
 }
 
-// Up to `sweeps` tournaments among the rows of two bands of `width` rows; with kStaged in shared memory.
+// Up to `sweeps` times all pairs of the rows of two bands of `width` rows, or, where more than two bands meet and this
+// is not the first round of a sweep, the pairs across the bands; with kStaged in shared memory.
 template <class T, bool kStaged>
 __global__ void __launch_bounds__(1024, 1)
     jacobi_rotate(T* w, T* h, int s, int width, int bands, int round, int sweep, int sweeps, int* rotated) {
@@ -289,9 +304,10 @@ __global__ void __launch_bounds__(1024, 1)
   bool changed = false;
   for (int inner = 0; inner < sweeps; ++inner) {
     bool any = false;
-    for (int step = 0; step < 2 * width - 1; ++step) {
+    const bool across = bands > 2 && round > 0;
+    for (int step = 0; step < (across ? width : 2 * width - 1); ++step) {
       for (int pair = warp; pair < width; pair += warps) {
-        const int2 local = opponents(2 * width, step, pair);
+        const int2 local = across ? make_int2(pair, width + (pair + step) % width) : opponents(2 * width, step, pair);
         const int i = row_of(local.x), j = row_of(local.y);
         if (i >= s || j >= s) continue;
         if (kStaged)
@@ -368,7 +384,8 @@ struct JacobiPlan {
   JacobiPlan(int64_t s, int64_t row_bytes) {
     const int64_t fit = gpu::max_shared_bytes() / (2 * row_bytes), even = s + s % 2;
     staged = fit >= 2;
-    width = fit >= even ? int(even / 2) : staged ? int(fit / 2 < kBand ? fit / 2 : kBand) : 1;
+    const bool one_block = s <= kOneBlock && fit >= even;
+    width = one_block ? int(even / 2) : staged ? int(fit / 2 < kBand ? fit / 2 : kBand) : 1;
     bands = int(2 * gpu::ceil_div(s, 2 * width));
   }
 };
