@@ -7,19 +7,26 @@ LINTERS := ruff==0.17.* clang-format==23.1.*
 BIN := $(VENV)/bin
 LIBRARY := cmd_ext/_ops.abi3.so
 SOURCES := pyproject.toml setup.py $(wildcard build_backend/*.py csrc/*.cpp csrc/*.h csrc/*/*)
-CXX_FILES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/* cpp_tests/*.cpp cpp_tests/*.h)
+CXX_FILES := $(wildcard $(addprefix csrc/,*.cpp *.h */*.cpp */*.h */*.cu */*.cuh) $(addprefix cpp_tests/,*.cpp *.h */*.cpp */*.h))
+CUDA_HEADER := $(firstword $(wildcard $(addsuffix /include/cuda_bf16.h,$(CUDA_HOME) /usr/local/cuda /usr/local/cuda-*)))
+SIMT := build/simt/libcmd_ext_simt.so
 CMAKE_TOOLS := $(and $(shell command -v cmake 2>&1),$(shell command -v ninja 2>&1))
 export PATH := $(PATH):$(abspath $(BIN))
 
-.PHONY: install demo test cpp-test bench lint kernel-ledger kernel-check clean FORCE
+.PHONY: install demo test cpp-test bench lint simt mutants kernel-ledger kernel-check clean FORCE
 
 install: $(VENV)/.installed
 
 demo: install
 	$(BIN)/python -m cmd_ext demo
 
-test: cpp-test install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+test: cpp-test install $(if $(CUDA_HEADER),simt)
+	$(if $(CUDA_HEADER),CMD_EXT_SIMT_LIBRARY=$(abspath $(SIMT))) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+
+# The operators with their CUDA path under the emulator, for the device "simt" of the Python tests.
+simt: install
+	cmake -S . -B build/simt -G Ninja -DCMD_EXT_TORCH=$$($(BIN)/python -c 'import os, torch; print(os.path.dirname(torch.__file__))')
+	cmake --build build/simt --target cmd_ext_simt
 
 bench: install
 	$(BIN)/python -m cmd_ext.bench
@@ -29,6 +36,10 @@ cpp-test: $(if $(CMAKE_TOOLS),,$(VENV)/.cmake)
 	cmake -S . -B build/cpp -G Ninja -DCMD_EXT_SANITIZE=ON
 	cmake --build build/cpp
 	ctest --test-dir build/cpp --output-on-failure --no-tests=error
+
+# One planted fault after another in the CUDA kernels: their tests must see it. About 15 minutes on 2 cores.
+mutants: | $(BIN)/pip
+	$(BIN)/python cpp_tests/mutants.py
 
 lint: $(VENV)/.linters
 	$(BIN)/ruff check .

@@ -33,16 +33,16 @@ constexpr int kTransposeTile = 32, kTransposeRows = 8;
 template <class T>
 __global__ void __launch_bounds__(kTransposeTile* kTransposeRows)
     transpose_kernel(const T* __restrict__ in, int64_t rows, int64_t cols, T* __restrict__ out, int64_t pitch) {
-  __shared__ T tile[kTransposeTile][kTransposeTile + 1];
+  __shared__ gpu::Acc<T> tile[kTransposeTile][kTransposeTile + 1];
   const int64_t row0 = int64_t(blockIdx.x) * kTransposeTile, col0 = int64_t(blockIdx.y) * kTransposeTile;
   const int x = threadIdx.x % kTransposeTile, y = threadIdx.x / kTransposeTile;
 #pragma unroll
   for (int i = y; i < kTransposeTile; i += kTransposeRows)
-    tile[i][x] = row0 + i < rows && col0 + x < cols ? in[(row0 + i) * cols + col0 + x] : gpu::narrow<T>(0);
+    tile[i][x] = row0 + i < rows && col0 + x < cols ? gpu::widen(in[(row0 + i) * cols + col0 + x]) : gpu::Acc<T>(0);
   __syncthreads();
 #pragma unroll
   for (int i = y; i < kTransposeTile; i += kTransposeRows)
-    if (col0 + i < cols && row0 + x < pitch) out[(col0 + i) * pitch + row0 + x] = tile[x][i];
+    if (col0 + i < cols && row0 + x < pitch) out[(col0 + i) * pitch + row0 + x] = gpu::narrow<T>(tile[x][i]);
 }
 
 template <class T>
