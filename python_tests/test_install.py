@@ -13,6 +13,7 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
+import torch
 
 import cmd_ext
 
@@ -271,3 +272,13 @@ def test_a_library_that_does_not_load_says_why_in_one_line(tmp_path, damage, mes
     assert done.returncode == 1
     assert re.search(rf"^ImportError: cmd_ext: {message}", done.stderr.splitlines()[-1])
     assert done.stderr.count("Error: ") == 1, "no chain of causes"
+
+
+@pytest.mark.skipif(cmd_ext._C.build_info()["cuda"] == "none", reason="a build without CUDA kernels")
+def test_every_operator_has_a_cuda_kernel():
+    names = {
+        name for name in torch._C._dispatch_get_registrations_for_dispatch_key("CPU") if name.startswith("cmd_ext::")
+    }
+    assert len(names) >= 10
+    on_cuda = set(torch._C._dispatch_get_registrations_for_dispatch_key("CUDA"))
+    assert names <= on_cuda, f"without a CUDA kernel: {sorted(names - on_cuda)}"
