@@ -181,16 +181,15 @@ def compile_kernels(source, arch, folder, tools):
     names = short_names(sorted(blocks))
     entries, faults = {}, []
     for line in log.splitlines():
-        if "warning" in line:
-            mangled = re.search(r"'(_Z\w+)'", line)
-            faults.append(f"sm_{arch} {line.replace(mangled[1], names.get(mangled[1], '')) if mangled else line}")
+        if "warning" in line and not re.search("Local memory used|Registers are spilled", line):  # those are in entries
+            faults.append(f"{source.stem} sm_{arch}: {line}")
     for mangled, name in names.items():
         entry = used[mangled] | {"block": blocks[mangled], **counts[mangled]}
         key = f"{name} sm_{arch}"
         float_atomics = entry.pop("float_atomics")
         needs, dynamic = promised(name)
-        faults += [f"{key}: {entry[what]} bytes of {what}" for what in ("spills", "stack") if entry.pop(what)]
-        faults += [f"{key}: local memory, {entry[what]} {what}" for what in ("LDL", "STL") if what in entry]
+        local = [f"{kind} {entry[kind]}" for kind in ("spills", "stack", "LDL", "STL") if entry.get(kind)]
+        faults += [f"{key}: local memory: {', '.join(local)}"] if local else []
         faults += [f"{key}: float atomics: {', '.join(sorted(set(float_atomics)))}"] if float_atomics else []
         faults += [f"{key}: promises {need}, has none" for need in sorted(needs) if need not in entry]
         if not entry["block"]:
@@ -214,6 +213,7 @@ def compile_all(sources):
         for entries, wrong in pool.map(lambda job: compile_kernels(*job, Path(folder), tools), jobs):
             kernels |= entries
             faults += wrong
+    faults += [f"the promise of {p[0]} is no kernel's" for p in PROMISES if not any(re.match(p[0], k) for k in kernels)]
     return {"nvcc": version, "kernels": dict(sorted(kernels.items()))}, faults
 
 
@@ -256,7 +256,8 @@ def main():
             print(f"The ledger is of nvcc {recorded['nvcc']}, this is {current['nvcc']}: numbers are not compared")
     else:
         LEDGER.write_text(dump(current))
-    print("\n".join(faults))
+    for fault in faults:
+        print(fault)
     print(f"{len(current['kernels'])} kernels, {len(faults)} faults, {time.monotonic() - start:.0f} s")
     sys.exit(bool(faults))
 
