@@ -16,6 +16,7 @@ import pytest
 import torch
 
 import cmd_ext
+from cmd_ext import _C
 
 ROOT = Path(__file__).parents[1]
 SOURCES = ["csrc/cuda/linear.cu"]
@@ -274,7 +275,7 @@ def test_a_library_that_does_not_load_says_why_in_one_line(tmp_path, damage, mes
     assert done.stderr.count("Error: ") == 1, "no chain of causes"
 
 
-@pytest.mark.skipif(cmd_ext._C.build_info()["cuda"] == "none", reason="a build without CUDA kernels")
+@pytest.mark.skipif(_C.build_info()["cuda"] == "none", reason="a build without CUDA kernels")
 def test_every_operator_has_a_cuda_kernel():
     names = {
         name for name in torch._C._dispatch_get_registrations_for_dispatch_key("CPU") if name.startswith("cmd_ext::")
