@@ -56,7 +56,9 @@ MUTANTS = [
     Mutant("swapped stride of the output", "linear.cuh",
            "y[token * s.rows + row] = gpu::narrow<T>(sum);", "y[row * tokens + token] = gpu::narrow<T>(sum);"),
     Mutant("partial sums of SDDMM at the wrong split", "linear.cuh",
-           "partial[blockIdx.y * pattern.nnz + first + i]", "partial[blockIdx.x * pattern.nnz + first + i]"),
+           "partial[blockIdx.y * pattern.nnz + first + lane]", "partial[blockIdx.x * pattern.nnz + first + lane]"),
+    Mutant("removed barrier after a tile of SDDMM is staged", "linear.cuh",
+           "  gpu::cp_async_wait<0>();\n  __syncthreads();\n\n  const Vec16<T>* tile", "  gpu::cp_async_wait<0>();\n\n  const Vec16<T>* tile"),
     Mutant("removed barrier between the tile of sums and S", "linear.cuh",
            "  __syncthreads();\n  add_sparse_tile(", "  add_sparse_tile("),
     # gemm

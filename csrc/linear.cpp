@@ -165,11 +165,11 @@ Tensor sddmm(const Tensor& a, const Tensor& b, const Tensor& row_ptr, const Tens
     const Gpu gpu(a);
     const Tensor left = torch::stable::contiguous(a), right = torch::stable::contiguous(b);
     Tensor out = torch::stable::new_empty(left, {col_idx.numel()});
-    Tensor partial = workspace(a, cuda::sddmm_workspace_bytes(col_idx.numel(), k));
     dispatch_gpu(a.scalar_type(), [&](auto tag) {
       using T = decltype(tag);
+      Tensor scratch = workspace(a, cuda::sddmm_workspace_bytes<T>(a.size(0), b.size(0), col_idx.numel(), k));
       check_cuda(op, cuda::sddmm(data<T>(left), data<T>(right), k, pattern.on_device<T>(out), mutable_data<T>(out),
-                                 partial.mutable_data_ptr(), gpu.stream()));
+                                 scratch.mutable_data_ptr(), gpu.stream()));
     });
     return out;
   }

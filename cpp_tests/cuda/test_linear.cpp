@@ -98,7 +98,7 @@ void check_sddmm(int64_t rows, int64_t cols, int64_t k, double density) {
   const Sparse<T> s(rows, cols, density);
   const auto a = testing::random_values<T>(rows * k), b = testing::random_values<T>(cols * k);
   const Device<T> a_device(a), b_device(b);
-  const int64_t nnz = s.support.nnz(), bytes = cuda::sddmm_workspace_bytes(nnz, k);
+  const int64_t nnz = s.support.nnz(), bytes = cuda::sddmm_workspace_bytes<T>(rows, cols, nnz, k);
   const auto out = testing::for_all_schedules(
       [&] {
         const Device<T> result(nnz);
@@ -159,11 +159,13 @@ void check_all() {
   check_spmm<T>(5, 5, 0, 0.4, true, false, 0);
   check_sddmm<T>(7, 40, 96, 0.3);
   check_sddmm<T>(9, 21, 33, 0.5);
-  check_sddmm<T>(3, 50, 4, 1.0);
   check_sddmm<T>(5, 6, 0, 0.4);
   check_sddmm<T>(5, 6, 8, 0.0);
-  check_sddmm<T>(2, 5, 4096 + 37, 1.0);
-  check_sddmm<T>(2, 5, 2 * 4096 + 64, 1.0);
+  // The tiled kernel: a last tile of one column, more than 8 nonzeros of a row in a tile, two chunks and a rest.
+  const int64_t chunk = 2048 / int64_t(sizeof(T)), vec = 16 / int64_t(sizeof(T));
+  check_sddmm<T>(16, 65, chunk / 4, 0.3);
+  check_sddmm<T>(70, 20, chunk / 2 + vec, 1.0);
+  check_sddmm<T>(17, 9, 2 * chunk + vec, 0.4);
   check_rebuild<T>(70, 67, 5, 1, 0.2);
   check_rebuild<T>(12, 9, 3, 3, 0.4);
   check_rebuild<T>(5, 130, 33, 1, 0.0);

@@ -95,8 +95,9 @@ template <class T>
 cudaError_t spmm_few(const T* x, int64_t tokens, const Csr<T>& s, const T* bias, int beta, T* y, cudaStream_t stream);
 
 // out [nnz] = sum_k a[row, k] b[col, k] on the support of `pattern` (its values are not read); a [m, k], b [n, k].
-// Sums of k beyond a chunk are split over blocks and added in a fixed order: workspace of partial sums.
-int64_t sddmm_workspace_bytes(int64_t nnz, int64_t k);
+// Sums of k beyond a chunk are split over blocks and added in a fixed order.
+template <class T>
+int64_t sddmm_workspace_bytes(int64_t rows, int64_t cols, int64_t nnz, int64_t k);
 template <class T>
 cudaError_t sddmm(const T* a, const T* b, int64_t k, const Csr<T>& pattern, T* out, void* workspace,
                   cudaStream_t stream);

@@ -3,14 +3,11 @@
 
 namespace cmd_ext::cuda {
 
-int64_t sddmm_workspace_bytes(int64_t nnz, int64_t k) {
-  return sddmm_splits(k) > 1 ? sddmm_splits(k) * nnz * int64_t(sizeof(double)) : 0;
-}
-
 #define INSTANTIATE(T)                                                                                   \
   template cudaError_t transpose(const T*, int64_t, int64_t, T*, int64_t, cudaStream_t);                 \
   template cudaError_t spmm(const T*, int64_t, int64_t, const Csr<T>&, const T*, int, T*, cudaStream_t); \
   template cudaError_t spmm_few(const T*, int64_t, const Csr<T>&, const T*, int, T*, cudaStream_t);      \
+  template int64_t sddmm_workspace_bytes<T>(int64_t, int64_t, int64_t, int64_t);                         \
   template cudaError_t sddmm(const T*, const T*, int64_t, const Csr<T>&, T*, void*, cudaStream_t);       \
   template cudaError_t rebuild(const T*, const T*, int64_t, int64_t, const Csr<T>&, T*, cudaStream_t);
 INSTANTIATE(float)

@@ -12,10 +12,12 @@
 //   Operations 2 nnz T, bytes 4 (K T ceil(M / 128) from L2, K T + M T from memory) + 8 nnz ceil(T / 128) from L2.
 // spmm_few: the same for a few tokens, x token-major: a warp per row, lanes over nonzeros, up to 16 tokens in
 //   registers. S is read once and dominates: bytes 8 nnz.
-// sddmm: out[(i, k)] = sum_t a[i, t] b[k, t]. A warp owns 8 nonzeros of one row: 16 bytes of a's row and of 8 rows of b
-//   a lane and step, so a is read once per 8 nonzeros; 5 shuffles a nonzero at the end. Bytes 4 nnz T (1 + 1/8), from
-//   L2. Long sums are cut in chunks over blockIdx.y whose partial sums are added in order by a second kernel: no
-//   atomics.
+// sddmm: out[(i, j)] = sum_t a[i, t] b[j, t]. A CTA stages 64 rows of b, 2 KB of t each (128 KB), and its 16 warps walk
+//   the rows of S: the row of a stays in registers, each nonzero of the row in these columns (found by a first small
+//   kernel) costs 4 LDS.128 and 16 FFMA a lane, and 8 nonzeros share 9 shuffles of the sum over lanes. Reading b's rows
+//   from L2 per nonzero instead would move 4 nnz T bytes: at 5 % longer than the dense product takes. Here L2 serves
+//   a once per 64 columns; LDS.128 bounds it at a fifth of the FFMA peak. Chunks of t are summed in order by a
+//   second kernel: no atomics. Where 128 KB do not fit, or rows are not aligned, a warp sums each nonzero plainly.
 // rebuild: w = U V + S, 64 x 64 tiles (32 x 32 for double), 4 x 4 sums a thread; S is added in the shared tile that the
 //   result leaves through, so that w is written once and never read. Bytes s (M K + nnz) + factors; r is small.
 //
@@ -23,7 +25,7 @@
 // roofline spmm linear4096 bf16 d=0.05: 38.6 MB, 3.44 GFLOP, 51.3 us, 0.35
 // roofline spmm_few linear4096 fp32 d=0.05 t=16: 7.25 MB, 0.0268 GFLOP, 2.42 us, 0.15
 // roofline spmm_few linear4096 fp32 d=0.05 t=1: 6.76 MB, 0.00168 GFLOP, 2.25 us, 0.5
-// roofline sddmm linear4096 fp32 d=0.05: 73.8 MB, 3.44 GFLOP, 51.3 us, 0.04
+// roofline sddmm linear4096 fp32 d=0.05 splits=4: 101 MB, 3.44 GFLOP, 51.3 us, 0.13
 // roofline rebuild layer3 fp32 r=26 d=0.05: 2.86 MB, 0.0307 GFLOP, 0.954 us, 0.3
 // roofline rebuild conv4 fp32 r=51 d=0.05: 11.4 MB, 0.241 GFLOP, 3.81 us, 0.5
 // roofline rebuild linear4096 fp32 r=64 d=0.05: 75.9 MB, 2.15 GFLOP, 32.1 us, 0.5
@@ -225,55 +227,6 @@ cudaError_t spmm_few(const T* x, int64_t tokens, const Csr<T>& s, const T* bias,
 
 // sddmm --------------------------------------------------------------------------------------------------------------
 
-constexpr int kSddmmThreads = 128, kSddmmNonzeros = 8, kSddmmChunk = 4096;
-
-// partial [gridDim.y, nnz]: block (i, j) sums the products of row i over chunk j of k.
-template <class T, bool kAligned>
-__global__ void __launch_bounds__(kSddmmThreads, 5)
-    sddmm_kernel(const T* __restrict__ a, const T* __restrict__ b, int64_t k, Csr<T> pattern,
-                 gpu::Acc<T>* __restrict__ partial, T* __restrict__ out) {
-  using A = gpu::Acc<T>;
-  constexpr int kVec = kAligned ? 16 / int(sizeof(T)) : 1;
-  struct alignas(kVec * sizeof(T)) Vec {
-    T at[kVec];
-  };
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int64_t row = blockIdx.x, begin = int64_t(blockIdx.y) * kSddmmChunk;
-  const int steps = int((k - begin < kSddmmChunk ? k - begin : kSddmmChunk) / kVec);
-  const int end = pattern.row_ptr[row + 1];
-  const Vec* left = reinterpret_cast<const Vec*>(a + row * k + begin);
-  for (int first = pattern.row_ptr[row] + warp * kSddmmNonzeros; first < end;
-       first += kSddmmThreads / 32 * kSddmmNonzeros) {
-    const Vec* right[kSddmmNonzeros];
-    A sums[kSddmmNonzeros] = {};
-#pragma unroll
-    for (int i = 0; i < kSddmmNonzeros; ++i) {
-      const int at = first + i < end ? first + i : end - 1;
-      right[i] = reinterpret_cast<const Vec*>(b + pattern.col_idx[at] * k + begin);
-    }
-#pragma unroll 1
-    for (int t = lane; t < steps; t += 32) {
-      const Vec x = left[t];
-#pragma unroll
-      for (int i = 0; i < kSddmmNonzeros; ++i) {
-        const Vec z = right[i][t];
-#pragma unroll
-        for (int v = 0; v < kVec; ++v) sums[i] += gpu::widen(x.at[v]) * gpu::widen(z.at[v]);
-      }
-    }
-#pragma unroll
-    for (int i = 0; i < kSddmmNonzeros; ++i) {
-#pragma unroll
-      for (int offset = 16; offset > 0; offset /= 2) sums[i] += __shfl_xor_sync(~0u, sums[i], offset);
-      if (lane != i || first + i >= end) continue;
-      if (partial)
-        partial[blockIdx.y * pattern.nnz + first + i] = sums[i];
-      else
-        out[first + i] = gpu::narrow<T>(sums[i]);
-    }
-  }
-}
-
 constexpr int kReduceThreads = 256;
 
 // out [count] = sum of partial [splits, count], in order.
@@ -287,20 +240,169 @@ __global__ void __launch_bounds__(kReduceThreads)
   out[i] = gpu::narrow<T>(sum);
 }
 
-inline int64_t sddmm_splits(int64_t k) { return k > kSddmmChunk ? gpu::ceil_div(k, kSddmmChunk) : 1; }
+// First position in [begin, end) of ascending columns that is >= column.
+__device__ __forceinline__ int lower_bound(const int32_t* col_idx, int begin, int end, int64_t column) {
+  while (begin < end) {
+    const int middle = begin + (end - begin) / 2;
+    if (col_idx[middle] < column)
+      begin = middle + 1;
+    else
+      end = middle;
+  }
+  return begin;
+}
+
+template <class T>
+struct SddmmTile {
+  static constexpr int kWarps = 16, kThreads = 32 * kWarps, kCols = 64, kSteps = 4;
+  static constexpr int kVec = 16 / int(sizeof(T)), kRowBytes = kSteps * 512;
+  static constexpr int kChunk = kSteps * 32 * kVec;  // of the summed dimension
+  static constexpr int kSharedBytes = kCols * kRowBytes;
+  static constexpr int kNonzeros = 8;  // summed over the lanes together
+};
+
+// starts [tiles + 1, rows]: the first nonzero of a row in a tile of columns.
+__global__ inline void __launch_bounds__(kReduceThreads)
+    sddmm_starts_kernel(const int32_t* __restrict__ row_ptr, const int32_t* __restrict__ col_idx, int64_t rows,
+                        int tiles, int cols_per_tile, int32_t* __restrict__ starts) {
+  const int64_t i = int64_t(blockIdx.x) * kReduceThreads + threadIdx.x;
+  if (i >= rows * (tiles + 1)) return;
+  const int64_t row = i % rows, tile = i / rows;
+  starts[i] = lower_bound(col_idx, row_ptr[row], row_ptr[row + 1], tile * cols_per_tile);
+}
+
+// Sums 8 values of every lane over the warp at once: halving what a lane holds in each of three exchanges costs 9
+// shuffles instead of 40. Lane l returns the total of value l % 8.
+template <class A>
+__device__ __forceinline__ A sum_eight(A (&values)[8]) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int width = 4; width > 0; width /= 2) {
+#pragma unroll
+    for (int i = 0; i < width; ++i) {
+      const bool upper = lane & width;
+      const A sent = upper ? values[i] : values[i + width], kept = upper ? values[i + width] : values[i];
+      values[i] = kept + __shfl_xor_sync(~0u, sent, width);
+    }
+  }
+  values[0] += __shfl_xor_sync(~0u, values[0], 8);
+  return values[0] + __shfl_xor_sync(~0u, values[0], 16);
+}
+
+template <class T>
+__global__ void __launch_bounds__(SddmmTile<T>::kThreads, 1)
+    sddmm_tile_kernel(const T* __restrict__ a, const T* __restrict__ b, int64_t k, Csr<T> pattern,
+                      const int32_t* __restrict__ starts, gpu::Acc<T>* __restrict__ partial, T* __restrict__ out) {
+  using Tile = SddmmTile<T>;
+  using A = gpu::Acc<T>;
+  GPU_DYNAMIC_SHARED(shared);
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int64_t col0 = int64_t(blockIdx.x) * Tile::kCols, k0 = int64_t(blockIdx.y) * Tile::kChunk;
+  for (int i = threadIdx.x; i < Tile::kCols * Tile::kRowBytes / 16; i += Tile::kThreads) {
+    const int col = i / (Tile::kRowBytes / 16);
+    const int64_t at = k0 + i % (Tile::kRowBytes / 16) * Tile::kVec;
+    const bool in_range = col0 + col < pattern.cols && at < k;
+    gpu::cp_async16(shared + i * 16, in_range ? b + (col0 + col) * k + at : b, in_range);
+  }
+  gpu::cp_async_commit();
+  gpu::cp_async_wait<0>();
+  __syncthreads();
+
+  const Vec16<T>* tile = reinterpret_cast<const Vec16<T>*>(shared);
+  starts += blockIdx.x * pattern.rows;
+  for (int64_t row = blockIdx.z * Tile::kWarps + warp; row < pattern.rows; row += gridDim.z * Tile::kWarps) {
+    const int begin = starts[row], end = starts[pattern.rows + row];
+    if (begin == end) continue;
+    Vec16<T> left[Tile::kSteps];
+#pragma unroll
+    for (int step = 0; step < Tile::kSteps; ++step) {
+      const int64_t at = k0 + (step * 32 + lane) * Tile::kVec;
+      if (at < k)
+        left[step] = *reinterpret_cast<const Vec16<T>*>(a + row * k + at);
+      else
+#pragma unroll
+        for (int v = 0; v < Tile::kVec; ++v) left[step].lane[v] = gpu::narrow<T>(0);
+    }
+    for (int first = begin; first < end; first += Tile::kNonzeros) {
+      A sums[Tile::kNonzeros] = {};
+#pragma unroll
+      for (int i = 0; i < Tile::kNonzeros; ++i) {
+        if (first + i >= end) break;
+        const Vec16<T>* right = tile + (pattern.col_idx[first + i] - col0) * (Tile::kRowBytes / 16) + lane;
+#pragma unroll
+        for (int step = 0; step < Tile::kSteps; ++step) {
+          const Vec16<T> x = right[step * 32];
+#pragma unroll
+          for (int v = 0; v < Tile::kVec; ++v) sums[i] += gpu::widen(left[step].lane[v]) * gpu::widen(x.lane[v]);
+        }
+      }
+      const A total = sum_eight(sums);
+      if (lane >= Tile::kNonzeros || first + lane >= end) continue;
+      if (partial)
+        partial[blockIdx.y * pattern.nnz + first + lane] = total;
+      else
+        out[first + lane] = gpu::narrow<T>(total);
+    }
+  }
+}
+
+constexpr int kSddmmThreads = 128;
+
+// Any alignment and length: a warp per nonzero of a row, elements one by one.
+template <class T>
+__global__ void __launch_bounds__(kSddmmThreads) sddmm_plain_kernel(const T* __restrict__ a, const T* __restrict__ b,
+                                                                    int64_t k, Csr<T> pattern, T* __restrict__ out) {
+  const int lane = threadIdx.x % 32;
+  const int64_t row = blockIdx.x;
+  for (int at = pattern.row_ptr[row] + threadIdx.x / 32; at < pattern.row_ptr[row + 1]; at += kSddmmThreads / 32) {
+    const T *left = a + row * k, *right = b + pattern.col_idx[at] * k;
+    gpu::Acc<T> sum = 0;
+    for (int64_t t = lane; t < k; t += 32) sum += gpu::widen(left[t]) * gpu::widen(right[t]);
+#pragma unroll
+    for (int offset = 16; offset > 0; offset /= 2) sum += __shfl_xor_sync(~0u, sum, offset);
+    if (lane == 0) out[at] = gpu::narrow<T>(sum);
+  }
+}
+
+// The tiled kernel reads all of b for every block of rows: it needs whole chunks of 16 bytes and enough rows.
+template <class T>
+bool sddmm_is_tiled(const T* a, const T* b, int64_t rows, int64_t k) {
+  const bool aligned = k * int64_t(sizeof(T)) % 16 == 0 && reinterpret_cast<uintptr_t>(a) % 16 == 0 &&
+                       reinterpret_cast<uintptr_t>(b) % 16 == 0;
+  return aligned && rows >= 16 && k * int64_t(sizeof(T)) >= 512 &&
+         SddmmTile<T>::kSharedBytes <= gpu::max_shared_bytes();
+}
+
+template <class T>
+int64_t sddmm_workspace_bytes(int64_t rows, int64_t cols, int64_t nnz, int64_t k) {
+  const int64_t splits = gpu::ceil_div(k, SddmmTile<T>::kChunk);
+  const int64_t sums = splits > 1 ? splits * nnz * int64_t(sizeof(gpu::Acc<T>)) : 0;
+  return sums + rows * (gpu::ceil_div(cols, SddmmTile<T>::kCols) + 1) * int64_t(sizeof(int32_t));
+}
 
 template <class T>
 cudaError_t sddmm(const T* a, const T* b, int64_t k, const Csr<T>& pattern, T* out, void* workspace,
                   cudaStream_t stream) {
+  using Tile = SddmmTile<T>;
   if (pattern.nnz == 0) return cudaSuccess;
-  const int64_t splits = sddmm_splits(k);
+  if (!sddmm_is_tiled(a, b, pattern.rows, k))
+    return gpu::launch(sddmm_plain_kernel<T>, dim3(unsigned(pattern.rows)), dim3(kSddmmThreads), 0, stream, a, b, k,
+                       pattern, out);
+  const int64_t splits = gpu::ceil_div(k, Tile::kChunk), tiles = gpu::ceil_div(pattern.cols, Tile::kCols);
   auto* partial = splits > 1 ? static_cast<gpu::Acc<T>*>(workspace) : nullptr;
-  const bool aligned =
-      k * sizeof(T) % 16 == 0 && reinterpret_cast<uintptr_t>(a) % 16 == 0 && reinterpret_cast<uintptr_t>(b) % 16 == 0;
-  const dim3 grid(unsigned(pattern.rows), unsigned(splits));
-  const auto kernel = aligned ? sddmm_kernel<T, true> : sddmm_kernel<T, false>;
-  const cudaError_t error = gpu::launch(kernel, grid, dim3(kSddmmThreads), 0, stream, a, b, k, pattern, partial, out);
-  if (error != cudaSuccess || splits == 1) return error;
+  auto* starts =
+      reinterpret_cast<int32_t*>(static_cast<gpu::Acc<T>*>(workspace) + (partial ? splits * pattern.nnz : 0));
+  cudaError_t error = gpu::launch(
+      sddmm_starts_kernel, dim3(unsigned(gpu::ceil_div(pattern.rows * (tiles + 1), kReduceThreads))),
+      dim3(kReduceThreads), 0, stream, pattern.row_ptr, pattern.col_idx, pattern.rows, int(tiles), Tile::kCols, starts);
+  if (error != cudaSuccess) return error;
+  // Blocks of rows until every SM has work; each of them stages the tile of b again.
+  const int64_t wanted = gpu::ceil_div(2 * gpu::multiprocessors(), tiles * splits);
+  const int64_t useful = gpu::ceil_div(pattern.rows, 4 * Tile::kWarps);
+  const dim3 grid(unsigned(tiles), unsigned(splits), unsigned(wanted < useful ? wanted : useful));
+  error = gpu::launch(sddmm_tile_kernel<T>, grid, dim3(Tile::kThreads), size_t(Tile::kSharedBytes), stream, a, b, k,
+                      pattern, starts, partial, out);
+  if (error != cudaSuccess || !partial) return error;
   return gpu::launch(reduce_splits_kernel<T>, dim3(unsigned(gpu::ceil_div(pattern.nnz, kReduceThreads))),
                      dim3(kReduceThreads), 0, stream, partial, pattern.nnz, int(splits), out);
 }
@@ -314,18 +416,6 @@ struct RebuildTile {
   static constexpr int kEach = kSide / 16;  // a thread's tile is kEach x kEach
   static constexpr int kPitch = kSide + 1;
 };
-
-// First position in [begin, end) of ascending columns that is >= column.
-__device__ __forceinline__ int lower_bound(const int32_t* col_idx, int begin, int end, int64_t column) {
-  while (begin < end) {
-    const int middle = begin + (end - begin) / 2;
-    if (col_idx[middle] < column)
-      begin = middle + 1;
-    else
-      end = middle;
-  }
-  return begin;
-}
 
 // Adds the part of S that lies in rows [row0, row0 + rows) and columns [col0, col0 + kSide) to the shared tile.
 template <class T>
