@@ -52,6 +52,7 @@ kernel-ledger: $(VENV)/.disassembler
 	$(BIN)/python cpp_tests/ledger.py
 
 kernel-check: $(VENV)/.disassembler
+	$(BIN)/python cpp_tests/roofline.py
 	$(BIN)/python cpp_tests/ledger.py --check
 
 clean:
