@@ -306,12 +306,8 @@ static void set_pend(void* d, int n, bool v) {
   (void)d; (void)n; (void)v;
 #endif
 }
-void* dev_malloc(size_t n) { char* p = (char*)aligned_alloc(256, (n + 255) / 256 * 256);
-#ifdef __SANITIZE_ADDRESS__
-  free(p); p = nullptr; if (posix_memalign((void**)&p, 256, n)) return nullptr;   // exact size: redzone right after the last byte
-#endif
-  memset(p, 0xff, n); g_alloc[(uintptr_t)p] = n; return p; }
-// Forgets what is known of a freed range, which the next allocation may take; the other buffers stay initialised.
+// Forgets what is known of a range that an allocation takes or leaves (it may have been a block's shared memory); the
+// other buffers stay initialised.
 static void forget(uintptr_t begin, size_t bytes) {
   for (uintptr_t a = begin & ~(kGran - 1); a < begin + bytes;) {
     if (!g_pages.count(a >> 12)) { a = ((a >> 12) + 1) << 12; continue; }
@@ -319,6 +315,11 @@ static void forget(uintptr_t begin, size_t bytes) {
     a += kGran;
   }
 }
+void* dev_malloc(size_t n) { char* p = (char*)aligned_alloc(256, (n + 255) / 256 * 256);
+#ifdef __SANITIZE_ADDRESS__
+  free(p); p = nullptr; if (posix_memalign((void**)&p, 256, n)) return nullptr;   // exact size: redzone right after the last byte
+#endif
+  memset(p, 0xff, n); g_alloc[(uintptr_t)p] = n; forget((uintptr_t)p, n); return p; }
 void dev_free(void* p) {
   const auto it = g_alloc.find((uintptr_t)p);
   if (it != g_alloc.end()) { forget(it->first, it->second); g_alloc.erase(it); }
