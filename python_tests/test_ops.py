@@ -310,7 +310,8 @@ def check_orthonormal(u: Tensor, s: Tensor, vh: Tensor) -> None:
 
 @pytest.mark.parametrize("dtype", [F64, F32], ids=str)
 @pytest.mark.parametrize(
-    ("m", "n", "rank"), [(7, 96, 3), (96, 7, 7), (40, 40, 5), (1, 9, 1), (9, 1, 1), (6, 8, 0), (30, 20, 20)]
+    ("m", "n", "rank"),
+    [(7, 96, 3), (96, 7, 7), (40, 40, 5), (1, 9, 1), (9, 1, 1), (6, 8, 0), (30, 20, 20), (70, 90, 6), (90, 70, 4)],
 )
 def test_truncated_svd_value(m, n, rank, dtype):
     spectrum = [2.0**-i for i in range(min(m, n, 16))]
@@ -334,12 +335,21 @@ def test_truncated_svd_value(m, n, rank, dtype):
 
 
 @pytest.mark.parametrize("spectrum", [[3, 3, 3, 1, 1], [2, 1, 0.5], [0], [5] * 12], ids=str)
-def test_truncated_svd_of_repeated_and_missing_singular_values(spectrum):
+@pytest.mark.parametrize(("m", "n"), [(20, 12), (66, 80)])  # by a full SVD and by iteration where that is a choice
+def test_truncated_svd_of_repeated_and_missing_singular_values(spectrum, m, n):
     rank = 5
-    u, s, vh = ops.truncated_svd(with_spectrum(20, 12, spectrum), rank)
+    u, s, vh = ops.truncated_svd(with_spectrum(m, n, spectrum), rank)
     check_orthonormal(u, s, vh)
     want = torch.tensor([*spectrum, *[0] * rank][:rank], dtype=F64)
     torch.testing.assert_close(s, want, rtol=0, atol=1e-13)
+
+
+def test_truncated_svd_of_a_wide_basis():
+    a, basis = with_spectrum(150, 140, [4.0, 3, 2, 1, 0.5], F32), random(140, 131, dtype=F32)
+    u, s, vh = ops.truncated_svd(a, 7, n_iter=0, basis=basis)
+    check_orthonormal(u, s, vh)
+    torch.testing.assert_close(s, torch.tensor([4, 3, 2, 1, 0.5, 0, 0]), rtol=0, atol=1e-5)
+    torch.testing.assert_close((u * s) @ vh, a, rtol=0, atol=1e-5)
 
 
 def test_truncated_svd_starts():

@@ -151,10 +151,10 @@ __device__ __forceinline__ bool eliminate(double* a, double* v, int s, double sm
       pivot = smallest;
     }
     const double scale = 1 / sqrt(pivot);
-    for (int k = threadIdx.x; k < s; k += kCholeskyThreads)
+    for (int k = threadIdx.x; k < s; k += blockDim.x)
       if (k != j) v[k] = scale * a[k < j ? row_j + k : k * (k + 1) / 2 + j];
     __syncthreads();
-    for (int i = j + warp; i < s; i += kCholeskyThreads / 32) {
+    for (int i = j + warp; i < s; i += blockDim.x / 32) {
       double* row = a + i * (i + 1) / 2;
       if (i == j) {
         for (int k = lane; k <= j; k += 32) row[k] = k == j ? scale : v[k];
@@ -177,14 +177,14 @@ __global__ void __launch_bounds__(kCholeskyThreads)
   gram += int64_t(blockIdx.x) * s * s;
   r_inverse += int64_t(blockIdx.x) * s * s;
   for (int attempt = 0; attempt < 2; ++attempt) {
-    for (int i = warp; i < s; i += kCholeskyThreads / 32)
+    for (int i = warp; i < s; i += blockDim.x / 32)
       for (int k = lane; k <= i; k += 32)
         a[i * (i + 1) / 2 + k] = gram[i * s + k] + (attempt == 1 && i == k ? shift : 0);
     __syncthreads();
     if (eliminate(a, v, s, shift, attempt == 0)) break;
     __syncthreads();
   }
-  for (int i = warp; i < s; i += kCholeskyThreads / 32)
+  for (int i = warp; i < s; i += blockDim.x / 32)
     for (int k = lane; k < s; k += 32) r_inverse[i * s + k] = k < i ? 0 : a[k * (k + 1) / 2 + i];
 }
 
@@ -192,8 +192,10 @@ cudaError_t cholesky_inverse(const double* gram, int64_t batch, int64_t s, doubl
                              cudaStream_t stream) {
   if (s == 0) return cudaSuccess;
   const size_t shared = size_t(s + s * (s + 1) / 2) * sizeof(double);
-  return gpu::launch(cholesky_inverse_kernel, dim3(unsigned(batch)), dim3(kCholeskyThreads), shared, stream, gram,
-                     int(s), shift, r_inverse);
+  const int64_t warps = gpu::ceil_div(s, 4), most = kCholeskyThreads / 32;
+  const dim3 block(unsigned(32 * (warps < most ? warps : most)));
+  return gpu::launch(cholesky_inverse_kernel, dim3(unsigned(batch)), block, shared, stream, gram, int(s), shift,
+                     r_inverse);
 }
 
 template <class T>
