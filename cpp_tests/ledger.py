@@ -58,7 +58,7 @@ PROMISES = [
     (r"threshold::(digit_histogram|count|compact)_kernel<", ("LDG.128",), 0),
     (r"threshold::residual_histogram_kernel<", ("LDG.128", "STG.128"), 0),
     (r"conv::(conv|grad_values)_tile_kernel<", ("LDS.128",), 96 << 10),
-    (r"cholesky_inverse_kernel", (), 65 << 10),
+    (r"cholesky_inverse_kernel", (), 66 << 10),
 ]
 
 
