@@ -65,3 +65,8 @@ foreach(arch 80 90)
     endif()
   endforeach()
 endforeach()
+
+# Prints the coalescing and bank conflicts of the kernels, for cpp_tests/ledger.py.
+add_executable(cuda_access EXCLUDE_FROM_ALL cpp_tests/cuda/access.cpp)
+target_link_libraries(cuda_access PRIVATE cuda_kernels_ptx90 cuda_launchers simt_race Threads::Threads ${CMAKE_DL_LIBS})
+target_link_options(cuda_access PRIVATE -rdynamic)

@@ -2,6 +2,7 @@
 #pragma GCC diagnostic ignored "-Wunused-function"
 // simt_rt.cpp - runtime of simt.h. Compiled WITHOUT -fsanitize=thread; it supplies the __tsan_* callbacks itself.
 #include "simt.h"
+#include "simt_metrics.h"
 #include <algorithm>
 #include <atomic>
 #include <bitset>
@@ -256,21 +257,28 @@ void mma_bf16_fn(Lane* l, uint32_t m) {
   mma<16>(l, m, [](auto& A, const MmaIn& x, int g, int t) { for (int r = 0; r < 4; ++r) for (int i = 0; i < 2; ++i) A[g + 8 * (r & 1)][2 * t + i + 8 * (r >> 1)] = bf(x.a[r], i); },
           [](auto& B, const MmaIn& x, int g, int t) { for (int r = 0; r < 2; ++r) for (int i = 0; i < 2; ++i) B[2 * t + i + 8 * r][g] = bf(x.b[r], i); });
 }
+static void matrix_access(const void* p, size_t n, const Lane& lane);
 void ldmatrix_fn(Lane* l, uint32_t m) {
   if (m != ~0u) { report("ldmatrix", "mask %08x", m); return; }
+  if (const int site = ((const LdmIn*)l[0].in)->site; site && config.metrics && blk->lin_bid == 0)
+    for (int q = 0; q < 4; ++q) {
+      uintptr_t rows[8];
+      for (int i = 0; i < 8; ++i) rows[i] = (uintptr_t)((const LdmIn*)l[8 * q + i].in)->row;
+      metrics::note_rows(site, rows);
+    }
   for (int q = 0; q < 4; ++q) for (int i = 0; i < 32; ++i) {
     const char* row = (const char*)((const LdmIn*)l[q * 8 + i / 4].in)->row;
     if ((uintptr_t)row & 15) report("misaligned", "ldmatrix row address %p", row);
-    if (!((const LdmIn*)l[i].in)->trans) { access(row + 4 * (i & 3), 4, 0); memcpy((uint32_t*)l[i].out + q, row + 4 * (i & 3), 4); continue; }
-    for (int h = 0; h < 2; ++h) { const char* rr = (const char*)((const LdmIn*)l[q * 8 + 2 * (i & 3) + h].in)->row; access(rr + 2 * (i >> 2), 2, 0); memcpy((uint16_t*)((uint32_t*)l[i].out + q) + h, rr + 2 * (i >> 2), 2); }
+    if (!((const LdmIn*)l[i].in)->trans) { matrix_access(row + 4 * (i & 3), 4, l[i]); memcpy((uint32_t*)l[i].out + q, row + 4 * (i & 3), 4); continue; }
+    for (int h = 0; h < 2; ++h) { const char* rr = (const char*)((const LdmIn*)l[q * 8 + 2 * (i & 3) + h].in)->row; matrix_access(rr + 2 * (i >> 2), 2, l[i]); memcpy((uint16_t*)((uint32_t*)l[i].out + q) + h, rr + 2 * (i >> 2), 2); }
   }
 }
 static void set_pend(void* d, int n, bool v);
 // ---------------------------------------------------------------- cp.async: the copy happens as LATE as allowed
-void cp_async(void* d, const void* s, int n, int sn) {
+void cp_async(void* d, const void* s, int n, int sn, int site) {
   if (((uintptr_t)d | (uintptr_t)s) & (n - 1)) report("misaligned", "cp.async %d bytes: dst %p src %p", n, d, s);
-  if (sn) access(s, sn, 0);
-  access(d, n, 1); memset(d, 0xff, n); set_pend(d, n, true);
+  if (sn) access(s, sn, 0, site);
+  access(d, n, 1, site); memset(d, 0xff, n); set_pend(d, n, true);
   cur->open.push_back({d, s, n, sn});
 }
 void cp_async_commit() { cur->groups.push_back(std::move(cur->open)); cur->open.clear(); }
@@ -339,24 +347,9 @@ static bool ordered(const Acc& a, bool global) {
   int o = int(a.tid1) - 1; if (o == cur->lin) return true;
   return o / 32 == cur->warp && cur->vc[o & 31] >= a.clk;
 }
-static void where(void* pc, char* out, size_t n) { if ((uintptr_t)pc < 1 << 24) { snprintf(out, n, "PTX line %d", int((uintptr_t)pc)); return; } Dl_info i; if (dladdr(pc, &i)) snprintf(out, n, "+0x%lx", (unsigned long)((uintptr_t)pc - (uintptr_t)i.dli_fbase - 1)); else snprintf(out, n, "?"); }
-// ---- coalescing and bank conflicts: the n-th execution of an access site by each lane of a warp forms one request
-struct Req { size_t size; bool shared; int kind; uint64_t n; uintptr_t a[32]; };
-static std::map<std::tuple<uintptr_t, int, uint32_t>, Req> g_req; static std::map<std::pair<int, uintptr_t>, uint32_t> g_occ;
-static void note(Thread* t, uintptr_t a, size_t n, int kind, bool shared, void* pc) {
-  uint32_t o = g_occ[{t->lin, (uintptr_t)pc}]++; Req& r = g_req[{(uintptr_t)pc, t->warp, o}];
-  r.size = n; r.shared = shared; r.kind = kind; r.a[r.n++ & 31] = a;
-}
-static void print_metrics() {
-  struct Sum { size_t size = 0; bool sh = false; int kind = 0; uint64_t req = 0, got = 0, ideal = 0; }; std::map<uintptr_t, Sum> m;
-  for (auto& kv : g_req) { const Req& r = kv.second; Sum& s = m[std::get<0>(kv.first)]; s.size = r.size; s.sh = r.shared; s.kind = r.kind; ++s.req; uint64_t n = std::min<uint64_t>(r.n, 32);
-    if (!r.shared) { std::map<uintptr_t, int> sec; for (uint64_t i = 0; i < n; ++i) for (uintptr_t q = r.a[i] / 32; q <= (r.a[i] + r.size - 1) / 32; ++q) sec[q] = 1; std::map<uintptr_t, int> w; for (uint64_t i = 0; i < n; ++i) w[r.a[i]] = 1; s.got += sec.size(); s.ideal += (w.size() * r.size + 31) / 32; }
-    else { uint64_t grp = r.size <= 4 ? 32 : r.size == 8 ? 16 : 8;            // 64/128-bit requests go in halves/quarters of the warp
-      for (uint64_t g = 0; g < n; g += grp) { std::map<uintptr_t, int> words; int bank[32] = {}, mx = 0; for (uint64_t i = g; i < std::min(n, g + grp); ++i) for (size_t b = 0; b < std::max<size_t>(r.size, 4); b += 4) if (!words[(r.a[i] + b) / 4]++) mx = std::max(mx, ++bank[(r.a[i] + b) / 4 % 32]); s.got += mx; ++s.ideal; } } }
-  for (auto& kv : m) { char w[64]; where((void*)kv.first, w, 64); auto& s = kv.second; printf("METRIC %s %s %zuB pc %s requests %lu %s %lu ideal %lu ratio %.2f\n", s.sh ? "shared" : "global", s.kind == 0 ? "load" : s.kind == 1 ? "store" : "atomic", s.size, w, s.req, s.sh ? "wavefronts" : "sectors", s.got, s.ideal, double(s.got) / s.ideal); }
-  g_req.clear(); g_occ.clear();
-}
-static void check(const void* p, size_t n, int kind, void* pc) {
+static bool is_site(void* pc) { return (uintptr_t)pc < 1 << 24; }  // a line of PTX, see access
+static void where(void* pc, char* out, size_t n) { if (is_site(pc)) { snprintf(out, n, "PTX line %d", int((uintptr_t)pc)); return; } Dl_info i; if (dladdr(pc, &i)) snprintf(out, n, "+0x%lx", (unsigned long)((uintptr_t)pc - (uintptr_t)i.dli_fbase - 1)); else snprintf(out, n, "?"); }
+static void check(const void* p, size_t n, int kind, void* pc, bool noted = true) {
   Thread* t = cur; uintptr_t a = (uintptr_t)p; ++n_access;
   if (a >= (uintptr_t)t->stk && a < (uintptr_t)t->stk + kStack) return;
   for (const uint3* v : {&threadIdx, &blockIdx, &blockDim, &gridDim}) if (a - (uintptr_t)v < sizeof(uint3)) return;
@@ -374,7 +367,7 @@ static void check(const void* p, size_t n, int kind, void* pc) {
       where(pc, pcs, 64); report("oob-wild", "%s of %zu bytes at %p: not device memory, shared memory or the thread's own stack, pc %s", kind ? "write" : "read", n, p, pcs); return; }
   }
   if (n > 1 && (n & (n - 1)) == 0 && (a & (n - 1))) { where(pc, pcs, 64); report("misaligned", "%zu-byte access at %p, pc %s", n, p, pcs); }
-  if (config.metrics && blk->lin_bid == 0) note(t, a, n, kind, shared, pc);
+  if (config.metrics && noted && is_site(pc) && blk->lin_bid == 0) metrics::note(t->lin, int((uintptr_t)pc), a, n, kind, shared);
   Acc me; me.tid1 = t->lin + 1; me.blk = blk->lin_bid + 1; me.ep = blk->epoch; me.clk = t->vc[t->lane]; me.pc = pc;
   uint32_t gen = global ? g_launch : blk->gen; bool said = false;
   auto bad = [&](const Acc& o, const char* k) {
@@ -403,6 +396,14 @@ static void check(const void* p, size_t n, int kind, void* pc) {
     m[blk->lin_bid] = true; for (size_t i = 0; i < nb; ++i) { bool x = s[i] || m[i]; s[i] = x; m[i] = x; }
   }
   if (config.preempt && rnd() % uint64_t(config.preempt) == 0) { make_ready(t); to_main(); }
+}
+static void matrix_access(const void* p, size_t n, const Lane& lane) {
+#ifdef SIMT_RACE
+  const int site = ((const LdmIn*)lane.in)->site;
+  if (cur && cur->in_kernel) check(p, n, 0, site ? (void*)(uintptr_t)site : __builtin_return_address(0), false);
+#else
+  (void)p; (void)n; (void)lane;
+#endif
 }
 void access(const void* p, size_t n, int kind, int site) {
 #ifdef SIMT_RACE
@@ -465,9 +466,6 @@ static void run_block(Block& B, dim3 bd, uint3 bid, uint32_t lin) {
     resume(t);
     if (t->st == kDone) ++done;
   }
-#ifdef SIMT_RACE
-  if (config.metrics && lin == 0) print_metrics();
-#endif
   __atomic_add_fetch(&n_switch, B.switches, __ATOMIC_RELAXED); B.switches = 0;
   blk = nullptr;
 }
@@ -526,6 +524,7 @@ cudaError_t launch_translated(const Translated& kernel, const Params& params, di
     enter_kernel();
     c.run(c.params);
   }, &context);
+  if (config.metrics) metrics::print(kernel.name);
   return cudaSuccess;
 }
 }  // namespace simt

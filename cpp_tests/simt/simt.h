@@ -70,7 +70,7 @@ int lane_id();
 void fence();
 void enter_kernel();
 void access(const void* p, size_t n, int kind, int site = 0);      // 0 read 1 write 2 atomic; site: PTX line
-void cp_async(void* d, const void* s, int n, int src_n);
+void cp_async(void* d, const void* s, int n, int src_n, int site = 0);
 void cp_async_commit();
 void cp_async_wait(int n);
 
@@ -129,7 +129,7 @@ template <class T> SIMT_RUNTIME T shfl(uint32_t m, T v, int mode, int arg, int w
 void vote_fn(Lane*, uint32_t); void match_fn(Lane*, uint32_t); void red_add_fn(Lane*, uint32_t); void red_max_fn(Lane*, uint32_t); void red_min_fn(Lane*, uint32_t); void nop_fn(Lane*, uint32_t);
 void mma_tf32_fn(Lane*, uint32_t); void mma_f16_fn(Lane*, uint32_t); void mma_bf16_fn(Lane*, uint32_t); void ldmatrix_fn(Lane*, uint32_t);
 struct MmaIn { uint32_t a[4], b[2]; float c[4]; };
-struct LdmIn { const void* row; int n, trans; };
+struct LdmIn { const void* row; int n, trans, site; };
 template <class T> SIMT_RUNTIME T rmw(T* p, T (*f)(T, T), T v) {
   access(p, sizeof(T), 2);
 #ifdef SIMT_CHECK
@@ -145,7 +145,7 @@ SIMT_RUNTIME inline void mma_any(float (&d)[4], const uint32_t (&a)[4], const ui
 SIMT_RUNTIME inline void mma_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], int line) { mma_any(d, a, b, mma_bf16_fn, line); }
 SIMT_RUNTIME inline void mma_f16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], int line) { mma_any(d, a, b, mma_f16_fn, line); }
 SIMT_RUNTIME inline void mma_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], int line) { mma_any(d, a, b, mma_tf32_fn, line); }
-SIMT_RUNTIME inline void ldmatrix(uint32_t (&r)[4], const void* row, bool trans, int line) { LdmIn in{row, 4, trans}; warp_op(~0u, ldmatrix_fn, &in, r, line, false); }
+SIMT_RUNTIME inline void ldmatrix(uint32_t (&r)[4], const void* row, bool trans, int line, int site = 0) { LdmIn in{row, 4, trans, site}; warp_op(~0u, ldmatrix_fn, &in, r, line, false); }
 inline uint32_t to_tf32(uint32_t u) { return (u + 0x1000u) & 0xffffe000u; }
 }  // namespace simt
 
