@@ -1,4 +1,5 @@
-// topk_csr against a stable sort: exactly the same entries, bit for bit, also among ties, NaN, infinities and zeros.
+// topk_csr against a stable sort: exactly the same entries, bit for bit, also among ties, NaN, infinities and zeros;
+// transpose_csr against a stable sort by column.
 #include <numeric>
 
 #include "testing_cpu.h"
@@ -79,10 +80,41 @@ void check_all() {
   check_case(ties, 1200, 1001, 400000);
 }
 
+void check_transpose(int64_t m, int64_t n, int64_t groups, double density) {
+  const testing::RandomCsr<float> s(m, n, density);
+  std::vector<int32_t> rows(s.nnz()), columns(s.nnz()), want_col_ptr(groups * n + 1), perm(s.nnz());
+  for (int64_t i = 0; i < m; ++i)
+    for (int32_t k = s.row_ptr[i]; k < s.row_ptr[i + 1]; ++k) {
+      rows[k] = int32_t(i);
+      columns[k] = int32_t(i / (m / groups) * n + s.col_idx[k]);
+      ++want_col_ptr[columns[k] + 1];
+    }
+  std::partial_sum(want_col_ptr.begin(), want_col_ptr.end(), want_col_ptr.begin());
+  std::vector<int32_t> want_perm(s.nnz());
+  std::iota(want_perm.begin(), want_perm.end(), 0);
+  std::stable_sort(want_perm.begin(), want_perm.end(), [&](int32_t a, int32_t b) { return columns[a] < columns[b]; });
+
+  std::vector<int32_t> col_ptr(groups * n + 1, -1), row_idx(s.nnz(), -1);
+  cmd_ext::cpu::transpose_csr(s.row_ptr.data(), s.col_idx.data(), m, n, groups, col_ptr.data(), row_idx.data(),
+                              perm.data());
+  CHECK(col_ptr == want_col_ptr && perm == want_perm, "transpose_csr", m, n, groups, density);
+  bool same = true;
+  for (int64_t k = 0; k < s.nnz(); ++k) same &= row_idx[k] == rows[want_perm[k]];
+  CHECK(same, "transpose_csr, rows", m, n, groups, density);
+}
+
 }  // namespace
 
 int main() {
   check_all<float>();
   check_all<double>();
+  for (double density : {0.0, 0.2, 1.0}) {
+    check_transpose(30, 17, 1, density);
+    check_transpose(30, 17, 5, density);
+    check_transpose(1, 9, 1, density);
+    check_transpose(9, 1, 9, density);
+    check_transpose(0, 4, 1, density);
+    check_transpose(4, 0, 1, density);
+  }
   return testing::finish_cpu();
 }

@@ -148,11 +148,11 @@ void check_all_topk() {
   check_topk<T>(5, 0, 0, false);
 }
 
-// More tiles than one step of the scan, and several tiles a block of the histogram.
+// More tiles than two steps of the scan, with ties up to the last of them, and several tiles a block of the histogram.
 void check_many_tiles() {
-  const int64_t m = 1030, n = 4099, nnz = 1000003;
+  const int64_t m = 2050, n = 4099, nnz = m * n / 1000 - 3;
   std::vector<half> a(m * n);
-  for (int64_t i = 0; i < m * n; ++i) a[i] = entry<half>(1, i);
+  for (int64_t i = 0; i < m * n; ++i) a[i] = i % 1000 == 0 ? testing::from_double<half>(2) : entry<half>(0, i);
   const Device<half> a_device(a);
   const Outputs<half> out(1, m, n, nnz);
   CHECK(cuda::topk_csr<half>(a_device, 1, m, n, nnz, out.values, out.row_ptr, out.col_idx, out.workspace, nullptr) ==
@@ -255,10 +255,10 @@ int main() {
   check_transpose(70, 53, 1, 1, false);
   check_transpose(72, 30, 3, 0.3, false);
   check_transpose(12, 9, 12, 0.5, false);
-  check_transpose(40, 700, 1, 0.6, false);    // rows longer than a block
-  check_transpose(5, 20000, 1, 0.05, false);  // three chunks of columns
-  check_transpose(17000, 3, 1, 0.3, false);   // more rows a tile than the least
-  check_transpose(3, 1500, 1, 0.3, false);    // more columns than one step of the scan
+  check_transpose(40, 700, 1, 0.6, false);   // rows longer than a block
+  check_transpose(2, 16400, 1, 1, false);    // three chunks of columns
+  check_transpose(17000, 3, 1, 0.3, false);  // more rows a tile than the least
+  check_transpose(3, 1500, 1, 0.3, false);   // more columns than one step of the scan
   check_transpose(5, 7, 1, 0, false);
   check_transpose(0, 7, 1, 0, false);
   check_transpose(7, 0, 1, 0, false);

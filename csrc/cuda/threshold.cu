@@ -1,4 +1,5 @@
-// Instantiations of threshold.cuh.
+// Instantiations of threshold.cuh, and csr_transpose.cuh.
+#include "csr_transpose.cuh"
 #include "threshold.cuh"
 
 namespace cmd_ext::cuda {

@@ -1,4 +1,4 @@
-// topk_csr, residual_topk_csr: the exactly nnz largest |a| of each matrix of a batch, straight into CSR; transpose_csr.
+// topk_csr, residual_topk_csr: the exactly nnz largest |a| of each matrix of a batch, straight into CSR.
 //
 // Selection. Magnitudes of IEEE numbers order like their bit patterns without the sign, so the nnz-th largest is found
 // by radix select: a histogram of the top 11 of the 31 bits (63 of double, 15 of the 16-bit types), then of the next
@@ -13,28 +13,23 @@
 // Residual. R = W - U V in tiles of 64 x 64 x 16, 4 x 4 sums a thread, written in 128-bit stores; the first digit is
 // counted before R leaves the registers, which saves one of five reads.
 //
-// Bytes, float, per element: 5 reads and 8 bytes a nonzero = 20.8 at 10 % density (the residual: 28.8, as W is read and
-// R written besides 4 reads; its 2 r FMA an element stay below that up to r = 64). Roofline on H100 (3.0 TB/s):
-//   256 x 2304 (ResNet-18 layer3)   4.1 us,  residual   5.7 us
-//   512 x 4608 (VGG conv4)           16 us,  residual    23 us
-//   4096 x 4096                     116 us,  residual   161 us
+// Bytes, float, per element: 5 reads and 8 bytes a nonzero = 20.8 at 10 % density; with the residual 24.8, as W is
+// read, R written and then read 4 times. Roofline on H100 (3.0 TB/s):
+//   256 x 2304 (ResNet-18 layer3)   4.1 us,  residual   4.9 us
+//   512 x 4608 (VGG conv4)           16 us,  residual    20 us
+//   4096 x 4096                     116 us,  residual   139 us
 // The first two stay in the 50 MB of L2 after the first read, and are bound by the latency of ten dependent launches,
-// some 15 us; all matrices of a batch share these. Predicted 75 % of the roofline at 4096 x 4096: the first pass makes
+// some 15 us, which all matrices of a batch share. Predicted 75 % of the roofline at 4096 x 4096: the first pass makes
 // a shared-memory atomic of every element, and the digits of trained weights crowd into a few dozen buckets; the
-// increments compile to the counting atomic, which merges equal addresses within a warp. A sort moves 8 times these
-// bytes; compacting the candidates after the first digit would save one more read but needs a second copy of a.
-//
-// Transpose. Rows of a group are cut into tiles of at least 32. Each tile counts its columns in shared memory (chunks
-// of 8192 columns), a scan over the tiles and then over the columns turns the counts into places, and each tile hands
-// them out row by row: the columns within a row are distinct, so a row needs no order among its threads. Bytes: 8 reads
-// and 8 scattered writes a nonzero, and n / 8 a row of table traffic four times; at 4096 x 4096 and 5 %, 7 us of
-// traffic in four launches of some 4 us each.
+// increments compile to the counting atomic, which merges equal addresses within a warp. The residual's 2 r FLOP an
+// element outlast its own 8 bytes from a rank of some 64 on; at rank 410 it is FFMA-bound, 0.4 ms. A sort moves several
+// times these bytes; keeping the candidates of the second digit would save one more read, but needs a copy of a.
 #pragma once
 
 #include <cstring>
 
-#include "gpu.h"
 #include "kernels.h"
+#include "scan.cuh"
 
 namespace cmd_ext::cuda {
 namespace threshold {
@@ -45,7 +40,6 @@ constexpr int kPerThread = 16, kTile = kThreads * kPerThread;
 constexpr int kDigitBits = 11, kBuckets = 1 << kDigitBits;
 constexpr int kBlocksPerMultiprocessor = 4;  // 64 KB of loads in flight
 constexpr int kSide = 64, kDepth = 16;       // tile of the residual
-constexpr int kChunk = 8192, kStrip = 16;    // columns and rows that a block of the transpose holds at once
 
 using Count = unsigned long long;
 
@@ -115,34 +109,6 @@ __device__ __forceinline__ int tile_count(int64_t size, int tile) {
   return left < kTile ? int(left) : kTile;
 }
 
-template <class V>
-__device__ __forceinline__ V warp_inclusive_sum(V value) {
-#pragma unroll
-  for (int offset = 1; offset < 32; offset *= 2) {
-    const V other = __shfl_up_sync(~0u, value, offset);
-    if (int(threadIdx.x % 32) >= offset) value += other;
-  }
-  return value;
-}
-
-// The sum of `value` over the threads before this one, and over all. `sums` may be used again right after.
-template <int kBlock, class V>
-__device__ __forceinline__ V block_exclusive_sum(V value, V* sums, V& total) {
-  const int warp = threadIdx.x / 32;
-  const V inclusive = warp_inclusive_sum(value);
-  if (threadIdx.x % 32 == 31) sums[warp] = inclusive;
-  __syncthreads();
-  V before = inclusive - value;
-  total = 0;
-#pragma unroll
-  for (int w = 0; w < kBlock / 32; ++w) {
-    if (w < warp) before += sums[w];
-    total += sums[w];
-  }
-  __syncthreads();
-  return before;
-}
-
 __device__ __forceinline__ void clear(uint32_t* histogram) {
   for (int i = threadIdx.x; i < kBuckets; i += kThreads) histogram[i] = 0;
   __syncthreads();
@@ -202,7 +168,7 @@ __global__ void __launch_bounds__(kThreads)
     histogram[top - i] = 0;
     sum += counts[i];
   }
-  Count before = block_exclusive_sum<kThreads>(sum, sums, total);
+  Count before = scan::block_exclusive_sum<kThreads>(sum, sums, total);
 #pragma unroll
   for (int i = 0; i < kOwn; ++i) {
     if (before < selection.wanted && selection.wanted <= before + counts[i])
@@ -256,7 +222,7 @@ __global__ void __launch_bounds__(kScanThreads)
     const int tile = first + threadIdx.x;
     const uint2 own = tile < tiles ? counts[tile] : make_uint2(0, 0);
     uint64_t total;
-    const uint64_t before = block_exclusive_sum<kScanThreads>(uint64_t(own.y) << 32 | own.x, sums, total);
+    const uint64_t before = scan::block_exclusive_sum<kScanThreads>(uint64_t(own.y) << 32 | own.x, sums, total);
     if (tile < tiles)
       counts[tile] = make_uint2(greater + uint32_t(before), min(equal + uint32_t(before >> 32), wanted));
     greater += uint32_t(total);
@@ -289,7 +255,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
 #pragma unroll
     for (int j = 0; j < Tile<T>::kWidth; ++j)
       if (Tile<T>::offset(v) + j < count) own += packed_count(elements.vectors[v].at[j], threshold);
-    const uint32_t inclusive = warp_inclusive_sum(own);
+    const uint32_t inclusive = scan::warp_inclusive_sum(own);
     ranks[v] = in_warp + inclusive - own;
     in_warp += __shfl_sync(~0u, inclusive, 31);
   }
@@ -421,144 +387,6 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 3 : 2)
   flush(histogram, histograms + matrix * kBuckets);
 }
 
-struct TransposeShape {
-  int n, groups, rows, tile_rows, tiles, chunks;  // rows and tiles a group
-
-  TransposeShape(int64_t m, int64_t n, int64_t groups)
-      : n(int(n)),
-        groups(int(groups)),
-        rows(int(m / groups)),
-        tile_rows(kStrip * int(max(gpu::ceil_div(rows, kStrip * 1024), int64_t(2)))),
-        tiles(int(gpu::ceil_div(rows, tile_rows))),
-        chunks(int(gpu::ceil_div(n, kChunk))) {}
-  int64_t table_size() const { return int64_t(groups) * tiles * n; }
-};
-
-// What a block of the transpose works on: a tile of rows, a chunk of columns.
-struct Part {
-  int first_row, end_row, first_col, cols;
-  int64_t table, column;  // where the chunk begins in the table and among the columns of all groups
-
-  __device__ explicit Part(const TransposeShape& shape) {
-    const int chunk = blockIdx.x % shape.chunks, tile = blockIdx.x / shape.chunks, group = tile / shape.tiles;
-    first_row = group * shape.rows + tile % shape.tiles * shape.tile_rows;
-    end_row = min(first_row + shape.tile_rows, (group + 1) * shape.rows);
-    first_col = chunk * kChunk;
-    cols = min(kChunk, shape.n - first_col);
-    table = int64_t(tile) * shape.n + first_col;
-    column = int64_t(group) * shape.n + first_col;
-  }
-
-  // ends[2 * i], ends[2 * i + 1] = the nonzeros of row + i in the chunk, for the kStrip rows from `row` on.
-  __device__ void find(const int32_t* __restrict__ row_ptr, const int32_t* __restrict__ col_idx, int row, int n,
-                       int* ends) const {
-    if (threadIdx.x < 2 * kStrip) {
-      row += threadIdx.x / 2;
-      int begin = 0, end = 0;
-      if (row < end_row) begin = row_ptr[row], end = row_ptr[row + 1];
-      const int bound = threadIdx.x % 2 == 0 ? first_col : first_col + cols;
-      if (bound == 0) end = begin;
-      if (bound == n) begin = end;
-      while (begin < end) {
-        const int middle = begin + (end - begin) / 2;
-        if (col_idx[middle] < bound)
-          begin = middle + 1;
-        else
-          end = middle;
-      }
-      ends[threadIdx.x] = begin;
-    }
-    __syncthreads();
-  }
-};
-
-// table[group, tile, column] = nonzeros.
-__global__ void __launch_bounds__(kThreads)
-    count_columns_kernel(const int32_t* __restrict__ row_ptr, const int32_t* __restrict__ col_idx, TransposeShape shape,
-                         int32_t* __restrict__ table) {
-  __shared__ int32_t counts[kChunk];
-  __shared__ int ends[2 * kStrip];
-  const Part part(shape);
-  for (int c = threadIdx.x; c < part.cols; c += kThreads) counts[c] = 0;
-  for (int row = part.first_row; row < part.end_row; row += kStrip) {
-    part.find(row_ptr, col_idx, row, shape.n, ends);
-    for (int i = threadIdx.x / 32; i < kStrip; i += kWarps)
-      for (int k = ends[2 * i] + threadIdx.x % 32; k < ends[2 * i + 1]; k += 32)
-        atomicAdd(&counts[col_idx[k] - part.first_col], 1);
-    __syncthreads();
-  }
-  for (int c = threadIdx.x; c < part.cols; c += kThreads) table[part.table + c] = counts[c];
-}
-
-// Sums of the table over the tiles before, and the count of each column in col_ptr[1 + ..]. A thread per column.
-__global__ void __launch_bounds__(kThreads)
-    scan_table_kernel(TransposeShape shape, int32_t* __restrict__ table, int32_t* __restrict__ col_ptr) {
-  constexpr int kAhead = 16;
-  const int64_t column = int64_t(blockIdx.x) * kThreads + threadIdx.x;
-  if (column >= int64_t(shape.groups) * shape.n) return;
-  const int64_t group = column / shape.n;
-  table += group * shape.tiles * shape.n + (column - group * shape.n);
-  int32_t sum = 0;
-  for (int tile = 0; tile < shape.tiles; tile += kAhead) {
-    int32_t counts[kAhead];
-#pragma unroll
-    for (int i = 0; i < kAhead; ++i) counts[i] = tile + i < shape.tiles ? table[int64_t(tile + i) * shape.n] : 0;
-#pragma unroll
-    for (int i = 0; i < kAhead; ++i) {
-      if (tile + i < shape.tiles) table[int64_t(tile + i) * shape.n] = sum;
-      sum += counts[i];
-    }
-  }
-  col_ptr[column + 1] = sum;
-}
-
-// col_ptr[1 ..] = sums up to each; one block.
-__global__ void __launch_bounds__(kScanThreads) scan_columns_kernel(int64_t columns, int32_t* __restrict__ col_ptr) {
-  __shared__ int32_t sums[kScanThreads / 32];
-  int32_t before = 0;
-  for (int64_t first = 0; first < columns; first += kScanThreads) {
-    const int64_t column = first + threadIdx.x;
-    const int32_t own = column < columns ? col_ptr[column + 1] : 0;
-    int32_t total;
-    const int32_t within = block_exclusive_sum<kScanThreads>(own, sums, total);
-    if (column < columns) col_ptr[column + 1] = before + within + own;
-    before += total;
-  }
-  if (threadIdx.x == 0) col_ptr[0] = 0;
-}
-
-__global__ void __launch_bounds__(kThreads)
-    scatter_transpose_kernel(const int32_t* __restrict__ row_ptr, const int32_t* __restrict__ col_idx,
-                             TransposeShape shape, const int32_t* __restrict__ table,
-                             const int32_t* __restrict__ col_ptr, int32_t* __restrict__ row_idx,
-                             int32_t* __restrict__ perm) {
-  __shared__ int32_t places[kChunk];
-  __shared__ int ends[2 * kStrip];
-  const Part part(shape);
-  for (int c = threadIdx.x; c < part.cols; c += kThreads) places[c] = col_ptr[part.column + c] + table[part.table + c];
-  for (int row = part.first_row; row < part.end_row; row += kStrip) {
-    part.find(row_ptr, col_idx, row, shape.n, ends);
-    int cols[kStrip];  // loaded ahead: otherwise every row would wait for memory
-#pragma unroll
-    for (int i = 0; i < kStrip; ++i) {
-      const int k = ends[2 * i] + threadIdx.x;
-      cols[i] = k < ends[2 * i + 1] ? col_idx[k] : 0;
-    }
-#pragma unroll
-    for (int i = 0; i < kStrip; ++i) {
-      int k = ends[2 * i] + threadIdx.x, col = cols[i];
-      while (k < ends[2 * i + 1]) {
-        const int place = places[col - part.first_col]++;
-        row_idx[place] = row + i;
-        perm[place] = k;
-        k += kThreads;
-        if (k < ends[2 * i + 1]) col = col_idx[k];
-      }
-      __syncthreads();
-    }
-  }
-}
-
 struct Workspace {
   Count* histograms;      // [batch, kBuckets]
   Selection* selections;  // [batch]
@@ -648,29 +476,6 @@ cudaError_t residual_topk_csr(const T* w, const T* u, const T* v, int64_t batch,
                         v, shape, blocks, residual, parts.histograms);
   if (error != cudaSuccess) return error;
   return select_and_compact<T>(residual, batch, m, n, nnz, true, values, row_ptr, col_idx, parts, stream);
-}
-
-int64_t transpose_csr_workspace_bytes(int64_t m, int64_t n, int64_t groups) {
-  return threshold::TransposeShape(m, n, groups).table_size() * int64_t(sizeof(int32_t));
-}
-
-cudaError_t transpose_csr(const int32_t* row_ptr, const int32_t* col_idx, int64_t m, int64_t n, int64_t groups,
-                          int32_t* col_ptr, int32_t* row_idx, int32_t* perm, void* workspace, cudaStream_t stream) {
-  using namespace threshold;
-  const TransposeShape shape(m, n, groups);
-  const int64_t columns = groups * n;
-  const dim3 parts(unsigned(groups * shape.tiles * shape.chunks)), threads(kThreads);
-  int32_t* table = static_cast<int32_t*>(workspace);
-  cudaError_t error = gpu::launch(count_columns_kernel, parts, threads, 0, stream, row_ptr, col_idx, shape, table);
-  if (error == cudaSuccess)
-    error = gpu::launch(scan_table_kernel, dim3(unsigned(gpu::ceil_div(columns, kThreads))), threads, 0, stream, shape,
-                        table, col_ptr);
-  if (error == cudaSuccess)
-    error = gpu::launch(scan_columns_kernel, dim3(1), dim3(kScanThreads), 0, stream, columns, col_ptr);
-  if (error == cudaSuccess)
-    error = gpu::launch(scatter_transpose_kernel, parts, threads, 0, stream, row_ptr, col_idx, shape, table, col_ptr,
-                        row_idx, perm);
-  return error;
 }
 
 }  // namespace cmd_ext::cuda
