@@ -256,9 +256,11 @@ Tensor lrs_conv2d_grad_input(const Tensor& grad, const Tensor& u, const Tensor& 
       dispatch_gpu(type, [&](auto tag) {
         using T = decltype(tag);
         const cuda::Csr<T> s{m, v.size(1), nnz, data<T>(dense_values), nullptr, nullptr};
+        Tensor scratch = workspace(grad, cuda::sparse_conv2d_grad_input_workspace_bytes<T>(nnz));
         check_cuda(conv.op, cuda::sparse_conv2d_grad_input<T>(data<T>(planes), s, data<int32_t>(transposed.row_ptr),
                                                               data<int32_t>(transposed.col_idx), data<int32_t>(order),
-                                                              1, mutable_data<T>(dx), shape, gpu.stream()));
+                                                              1, mutable_data<T>(dx), shape, scratch.mutable_data_ptr(),
+                                                              gpu.stream()));
       });
     return torch::stable::contiguous(dx, format_of(channels_last));
   }
@@ -293,9 +295,9 @@ Tensor lrs_conv2d_grad_values(const Tensor& grad, const Tensor& x, const Tensor&
     const auto shape = conv.device_shape(sizes_of(x), sizes_of(grad));
     Tensor dvalues = torch::stable::new_empty(grad, {nnz});
     if (batch == 0) return torch::stable::zero_(dvalues);
-    Tensor partial = workspace(grad, cuda::sparse_conv2d_grad_values_workspace_bytes(nnz, shape));
     dispatch_gpu(grad.scalar_type(), [&](auto tag) {
       using T = decltype(tag);
+      Tensor partial = workspace(grad, cuda::sparse_conv2d_grad_values_workspace_bytes<T>(nnz, shape));
       check_cuda(conv.op, cuda::sparse_conv2d_grad_values<T>(data<T>(dy_planes), data<T>(x_planes),
                                                              pattern.on_device<T>(dvalues), mutable_data<T>(dvalues),
                                                              shape, partial.mutable_data_ptr(), gpu.stream()));

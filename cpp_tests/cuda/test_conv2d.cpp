@@ -136,8 +136,8 @@ void check_case(const Case& c, int beta) {
   check_output<T>("sparse_conv2d_grad_input", c, beta, x, want_dx, [&](T* dx) {
     const Device<unsigned char> workspace(cuda::sparse_conv2d_grad_input_workspace_bytes<T>(nnz));
     const cuda::Csr<T> csr{s.rows, s.cols, nnz, values_device, nullptr, nullptr};
-    return cuda::sparse_conv2d_grad_input<T>(dy_device, csr, col_ptr, row_idx, perm, beta, dx, c.shape(), nullptr,
-                                             workspace);
+    return cuda::sparse_conv2d_grad_input<T>(dy_device, csr, col_ptr, row_idx, perm, beta, dx, c.shape(), workspace,
+                                             nullptr);
   });
   check_output<T>("sparse_conv2d_grad_values", c, 0, values, want_dvalues, [&](T* dvalues) {
     const Device<unsigned char> workspace(cuda::sparse_conv2d_grad_values_workspace_bytes<T>(nnz, c.shape()));

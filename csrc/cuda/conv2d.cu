@@ -7,7 +7,7 @@ namespace cmd_ext::cuda {
   template cudaError_t sparse_conv2d(const T*, const Csr<T>&, const T*, int, T*, const ConvShape&, cudaStream_t); \
   template int64_t sparse_conv2d_grad_input_workspace_bytes<T>(int64_t);                                          \
   template cudaError_t sparse_conv2d_grad_input(const T*, const Csr<T>&, const int32_t*, const int32_t*,          \
-                                                const int32_t*, int, T*, const ConvShape&, cudaStream_t, void*);  \
+                                                const int32_t*, int, T*, const ConvShape&, void*, cudaStream_t);  \
   template int64_t sparse_conv2d_grad_values_workspace_bytes<T>(int64_t, const ConvShape&);                       \
   template cudaError_t sparse_conv2d_grad_values(const T*, const T*, const Csr<T>&, T*, const ConvShape&, void*,  \
                                                  cudaStream_t);

@@ -414,8 +414,8 @@ int64_t sparse_conv2d_grad_input_workspace_bytes(int64_t nnz) {
 
 template <class T>
 cudaError_t sparse_conv2d_grad_input(const T* dy, const Csr<T>& s, const int32_t* col_ptr, const int32_t* row_idx,
-                                     const int32_t* perm, int beta, T* dx, const ConvShape& shape, cudaStream_t stream,
-                                     void* workspace) {
+                                     const int32_t* perm, int beta, T* dx, const ConvShape& shape, void* workspace,
+                                     cudaStream_t stream) {
   if (s.nnz > 0 && !workspace) return cudaErrorInvalidValue;
   T* values = static_cast<T*>(workspace);
   int32_t* cols =

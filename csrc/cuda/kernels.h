@@ -123,12 +123,11 @@ template <class T>
 int64_t sparse_conv2d_grad_input_workspace_bytes(int64_t nnz);
 template <class T>
 cudaError_t sparse_conv2d_grad_input(const T* dy, const Csr<T>& s, const int32_t* col_ptr, const int32_t* row_idx,
-                                     const int32_t* perm, int beta, T* dx, const ConvShape& shape, cudaStream_t stream,
-                                     void* workspace = nullptr);
+                                     const int32_t* perm, int beta, T* dx, const ConvShape& shape, void* workspace,
+                                     cudaStream_t stream);
 
-// dvalues [nnz] = gradient of S * x for the values of S. Splits over images and pixels are added in a fixed order. The
-// workspace for double suffices for every T.
-template <class T = double>
+// dvalues [nnz] = gradient of S * x for the values of S. Splits over images and pixels are added in a fixed order.
+template <class T>
 int64_t sparse_conv2d_grad_values_workspace_bytes(int64_t nnz, const ConvShape& shape);
 template <class T>
 cudaError_t sparse_conv2d_grad_values(const T* dy, const T* x, const Csr<T>& pattern, T* dvalues,
