@@ -1,4 +1,4 @@
-"""The command line: python -m cmd_ext compress | eval | profile | doctor | demo."""
+"""The command line: python -m cmd_ext compress | eval | profile | doctor | gpu-check | demo."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
-        args.run(args)
+        code = args.run(args)
     except (ValueError, TypeError, OSError, ImportError, FloatingPointError) as error:
         print(f"cmd_ext {args.command}: {error}", file=sys.stderr)
         return 1
-    return 0
+    return code or 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -80,6 +80,15 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--input", default="1x3x32x32", help="input shape (default 1x3x32x32)")
 
     command("doctor", _doctor, "what this installation has and lacks")
+    sub = command("gpu-check", _gpu_check, "prove and time the CUDA kernels on this machine's GPU, in under 8 minutes")
+    sub.add_argument("--out", type=Path, default=Path("gpu-check.json"), help="report (default gpu-check.json)")
+    sub.add_argument("--quick", action="store_true", help="fewer layers, ranks and densities")
+    sub.add_argument("--seconds", type=float, default=450, help="time for all of it (default 450)")
+    sub.add_argument("--device", default="cuda", help="e.g. cuda:1 (default cuda)")
+    sub.add_argument("--parts", nargs="+", default=[], metavar="PART", help="only these, e.g. layers bench")
+    sub.add_argument("--pytest", action="store_true", help="also run the checkout's operator tests on the GPU")
+    sub.add_argument("--log", type=Path, help=argparse.SUPPRESS)
+    sub.add_argument("--skip", type=int, default=0, help=argparse.SUPPRESS)
     sub = command("demo", _demo, "train, compress, fine-tune and reload a small network on scikit-learn's digits")
     sub.add_argument("--out", type=Path, default=Path("build/demo"))
     sub.add_argument("--reload", type=Path, help=argparse.SUPPRESS)
@@ -177,7 +186,7 @@ def _profile(args: argparse.Namespace) -> None:
 
 
 def _doctor(_args: argparse.Namespace) -> None:
-    from cmd_ext import _C
+    from cmd_ext import _C, dispatch
 
     def version_of(*command: str) -> str:
         if not shutil.which(command[0]):
@@ -189,12 +198,14 @@ def _doctor(_args: argparse.Namespace) -> None:
     operators = ("truncated_svd", "topk_csr", "lrs_linear", "sddmm", "lrs_conv2d")
     devices = [d for d in ("CPU", "CUDA") if torch._C._dispatch_has_kernel_for_dispatch_key("cmd_ext::lrs_conv2d", d)]
     extras = {"tqdm": "progress bars", "PIL": "image files", "torchvision": "its networks", "timm": "its networks"}
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none visible"
+    kernels = f"for CUDA {build['cuda']}; `python -m cmd_ext gpu-check` proves and times them"
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     facts = {
         "cmd_ext": f"{cmd_ext.__version__} in {Path(cmd_ext.__file__).parent}",
         "python": f"{platform.python_version()} on {platform.platform()}",
         "torch": f"{torch.__version__}, CUDA {torch.version.cuda or 'none (CPU build)'}",
-        "gpu": gpu,
+        "gpu": ", ".join(torch.cuda.get_device_name(i) for i in range(gpus)) or "none visible",
+        "CUDA kernels": kernels if dispatch.has_cuda_kernels() else "not in this build",
         "cpu": f"{os.cpu_count()} cores, {torch.get_num_threads()} threads; kernels run as {_C.cpu_capability()}",
         "built with": f"torch {build['torch']}, stable ABI {build['stable_abi']}",
         "compiler, CUDA": f"g++ {build['compiler']}, {build['cuda']}",
@@ -206,6 +217,12 @@ def _doctor(_args: argparse.Namespace) -> None:
     }
     width = max(map(len, facts))
     print("\n".join(f"{name:<{width}}  {value}" for name, value in facts.items()))
+
+
+def _gpu_check(args: argparse.Namespace) -> int:
+    from cmd_ext import gpu_check
+
+    return gpu_check.run(args)
 
 
 def _digits(split: str, batch_size: int = 64) -> list[tuple[torch.Tensor, torch.Tensor]]:
