@@ -366,7 +366,7 @@ class Instructions:
         need(kept == ["sync", "aligned", "m8n8", "x4", "shared", "b16"], "form")
         row = self.address(operands[1], "shared")
         writes = " ".join(self.write(name, "b32", f"rows[{i}]") for i, name in enumerate(elements(operands[0])))
-        return f"uint32_t rows[4]; simt::ldmatrix(rows, {row}, {int(trans)}, {self.line}, {self.line}); {writes}"
+        return f"uint32_t rows[4]; simt::ldmatrix(rows, {row}, {int(trans)}, {self.line}); {writes}"
 
     def do_mma(self, modifiers, operands):
         form = ".".join(modifiers)

@@ -63,11 +63,6 @@ void note(int thread, int site, uintptr_t address, size_t size, int kind, bool s
   requests[{site, shared, kind, size}][{thread / 32, execution}].push_back(address);
 }
 
-void note_rows(int site, const uintptr_t (&rows)[8]) {
-  auto& of_site = requests[{site, true, 0, 16}];
-  of_site[{0, int(of_site.size())}].assign(rows, rows + 8);
-}
-
 void print(const char* kernel) {
   for (const auto& [site, executed] : requests) {
     long got = 0, ideal = 0;

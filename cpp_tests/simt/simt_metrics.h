@@ -10,8 +10,6 @@
 namespace simt::metrics {
 
 void note(int thread, int site, uintptr_t address, size_t size, int kind, bool shared);
-// One of the four reads of ldmatrix: 8 rows of 16 bytes.
-void note_rows(int site, const uintptr_t (&rows)[8]);
 // Prints and forgets what has been noted, a line for each instruction:
 // ACCESS kernel, PTX line, global or shared, load or store or atomic, bytes a lane, requests, sectors or wavefronts,
 // ideal

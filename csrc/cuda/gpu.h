@@ -30,8 +30,8 @@ cudaError_t launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared, c
 inline int multiprocessors() { return simt::config.multiprocessors; }
 inline int max_shared_bytes() { return simt::config.max_shared_bytes; }
 
-SIMT_RUNTIME inline void cp_async16(void* shared, const void* global, bool in_range = true) {
-  simt::cp_async(shared, global, 16, in_range ? 16 : 0);
+SIMT_RUNTIME inline void cp_async16(void* shared, const void* global, bool in_range = true, SIMT_LINE) {
+  simt::cp_async(shared, global, 16, in_range ? 16 : 0, line);
 }
 SIMT_RUNTIME inline void cp_async_commit() { simt::cp_async_commit(); }
 template <int kPending>
