@@ -1,4 +1,5 @@
 #!/usr/bin/env python3
+# ruff: noqa: E501  (the text of a kernel cannot be wrapped)
 """Plants one fault at a time in a copy of the CUDA kernels and requires that their tests turn red.
 
     python cpp_tests/mutants.py [--jobs 2] [--only TEXT]
@@ -37,7 +38,10 @@ class Mutant:
 
     @property
     def stem(self) -> str:
-        return self.file.partition(".")[0].partition("_")[0]
+        """The family whose tests see this file."""
+        return {"csr_transpose.cuh": "threshold", "scan.cuh": "threshold"}.get(
+            self.file, self.file.partition(".")[0].partition("_")[0]
+        )
 
 
 MUTANTS = [
@@ -85,6 +89,54 @@ MUTANTS = [
     Mutant("Z used before all warps have stored it", "gemm.cuh",
            "  store_z<T>(shared, z, pixel0, rank_half);\n  gpu::cp_async_wait<0>();\n  __syncthreads();",
            "  store_z<T>(shared, z, pixel0, rank_half);\n  gpu::cp_async_wait<0>();"),
+    # threshold
+    Mutant("removed barrier between counting and adding a histogram", "threshold.cuh",
+           "uint32_t* histogram, Count* total) {\n  __syncthreads();", "uint32_t* histogram, Count* total) {"),
+    Mutant("removed barrier after a histogram is cleared", "threshold.cuh",
+           "histogram[i] = 0;\n  __syncthreads();\n}\n__device__ __forceinline__ void flush",
+           "histogram[i] = 0;\n}\n__device__ __forceinline__ void flush"),
+    Mutant("all ties kept", "threshold.cuh", "(packed != 0 && equal < wanted)", "(packed != 0 && equal <= wanted)"),
+    Mutant("sums of a tile over the warps before and this one", "threshold.cuh",
+           "for (int w = 0; w < int(threadIdx.x / 32); ++w) earlier", "for (int w = 0; w <= int(threadIdx.x / 32); ++w) earlier"),
+    Mutant("matrices of a batch at the wrong stride", "threshold.cuh",
+           "  row_ptr += matrix * (m + 1);", "  row_ptr += matrix * m;"),
+    Mutant("removed barrier before the factors of a residual are multiplied", "threshold.cuh",
+           "    __syncthreads();\n#pragma unroll\n    for (int k = 0; k < kDepth; ++k) {", "#pragma unroll\n    for (int k = 0; k < kDepth; ++k) {"),
+    Mutant("removed barrier between the rows of a transpose", "csr_transpose.cuh",
+           "        if (k < ends[2 * i + 1]) col = col_idx[k];\n      }\n      __syncthreads();",
+           "        if (k < ends[2 * i + 1]) col = col_idx[k];\n      }"),
+    Mutant("bounds of a strip read before they are found", "csr_transpose.cuh",
+           "      ends[threadIdx.x] = begin;\n    }\n    __syncthreads();", "      ends[threadIdx.x] = begin;\n    }"),
+    # svd
+    Mutant("removed barrier between scaling and elimination", "svd.cuh",
+           "    __syncthreads();\n    for (int i = j + warp; i < s;", "    for (int i = j + warp; i < s;"),
+    Mutant("removed barrier between the rotations of two steps", "svd.cuh",
+           "          any |= rotate_rows(w + i * s, w + j * s, h + i * s, h + j * s, s);\n      }\n      __syncthreads();",
+           "          any |= rotate_rows(w + i * s, w + j * s, h + i * s, h + j * s, s);\n      }"),
+    Mutant("one step of the tournament left out", "svd.cuh",
+           "(across ? width : 2 * width - 1)", "(across ? width : 2 * width - 2)"),
+    Mutant("rows staged before they are there", "svd.cuh",
+           "        staged[(2 * width + i) * s + k] = h[row_of(i) * s + k];\n      }\n    __syncthreads();",
+           "        staged[(2 * width + i) * s + k] = h[row_of(i) * s + k];\n      }"),
+    Mutant("signs flipped before they are known", "svd.cuh",
+           "negative[threadIdx.x] = flip;\n  __syncthreads();", "negative[threadIdx.x] = flip;"),
+    # conv2d
+    Mutant("removed barrier before staged planes are read", "conv2d_tile.cuh",
+           "    stage(source + int64_t(channel) * pixels, channels, shared, p);\n    __syncthreads();",
+           "    stage(source + int64_t(channel) * pixels, channels, shared, p);"),
+    Mutant("staged planes overwritten while they are read", "conv2d_tile.cuh",
+           "    if (!__syncthreads_or(any)) continue;\n", ""),
+    Mutant("entries of a warp read before all lanes wrote", "conv2d_tile.cuh",
+           "        __syncwarp();\n        visit(", "        visit("),
+    Mutant("entries of a warp overwritten while they are read", "conv2d_tile.cuh",
+           "__shfl_sync(~0u, cursor, r));\n        __syncwarp();", "__shfl_sync(~0u, cursor, r));"),
+    Mutant("padding read as pixels of the line before", "conv2d_tile.cuh",
+           "                          unsigned(x) < unsigned(p.w.source);", "                          x < p.w.source;"),
+    Mutant("sums of the splits added before all are written", "conv2d.cuh",
+           "  sums[part][lane] = sum;\n  __syncthreads();", "  sums[part][lane] = sum;"),
+    Mutant("kernel row and column swapped without tiles", "conv2d.cuh",
+           "place_of(p.h, h, tap_h), at_w = place_of(p.w, w, tap - tap_h * p.w.kernel)",
+           "place_of(p.h, h, tap - tap_h * p.w.kernel), at_w = place_of(p.w, w, tap_h)"),
 ]  # fmt: skip
 
 COMMON = ["g++", "-std=c++17", "-DCMD_EXT_SIMT", "-Wno-unknown-pragmas", "-Wno-psabi", "-w", "-ffp-contract=off"]
