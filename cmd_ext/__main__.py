@@ -195,7 +195,8 @@ def _doctor(_args: argparse.Namespace) -> None:
         return text[-1] if "nvcc" in command[0] and text else text[0] if text else "found"
 
     build = _C.build_info()
-    operators = ("truncated_svd", "topk_csr", "lrs_linear", "sddmm", "lrs_conv2d")
+    registered = torch._C._dispatch_get_registrations_for_dispatch_key("CPU")
+    operators = sorted(name[9:] for name in registered if name.startswith("cmd_ext::") and name[9] != "_")
     devices = [d for d in ("CPU", "CUDA") if torch._C._dispatch_has_kernel_for_dispatch_key("cmd_ext::lrs_conv2d", d)]
     extras = {"tqdm": "progress bars", "PIL": "image files", "torchvision": "its networks", "timm": "its networks"}
     kernels = f"for CUDA {build['cuda']}; `python -m cmd_ext gpu-check` proves and times them"
