@@ -1,7 +1,8 @@
 """The operators of cmd_ext: public function, fake kernel and autograd formula of each.
 
 Schemas are in csrc/ops.cpp, the same functions in plain PyTorch in ref.py. S is stored as `values` and a `Pattern`,
-its support in both orientations, so that every gradient is a gather. Outputs are contiguous (channels_last where the
+its support in both orientations, so that every gradient is a gather. On the CPU every call checks the support; on a GPU
+that would wait for the device, so `Pattern.from_csr` checks it once. Outputs are contiguous (channels_last where the
 input image is). The kernels give the same bits with any number of threads; torch's GEMM, QR and convolution gradients
 around them may not.
 """
@@ -152,7 +153,10 @@ def truncated_svd(
         each column of u largest in magnitude is positive.
 
     Raises:
-        ValueError: rank, basis or a 16-bit dtype do not fit.
+        ValueError: rank, basis or a 16-bit dtype do not fit; on the CPU also NaN or infinity in a.
+
+    On a GPU nothing waits for the device, so NaN in a gives NaN; matrices with a short side up to 64 are decomposed
+    exactly there, whatever basis and n_iter.
 
     Source: Halko, Martinsson, Tropp, SIAM Review 2011, algorithm 4.4. The error grows where s[rank] / s[rank - 1] is
     near 1.
