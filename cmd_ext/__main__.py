@@ -221,9 +221,9 @@ def _doctor(_args: argparse.Namespace) -> None:
 
 
 def _gpu_check(args: argparse.Namespace) -> int:
-    from cmd_ext import gpu_check
+    from cmd_ext.gpu_check import command
 
-    return gpu_check.run(args)
+    return command.run(args)
 
 
 def _digits(split: str, batch_size: int = 64) -> list[tuple[torch.Tensor, torch.Tensor]]:

@@ -7,10 +7,12 @@ import time
 import pytest
 import torch
 
-from cmd_ext import dispatch, gpu_check, gpu_correctness, gpu_timing
+from cmd_ext import dispatch
 from cmd_ext.__main__ import main
-from cmd_ext.gpu_correctness import F32, PARTS, STRICT, Target, settings
-from cmd_ext.gpu_timing import Layer
+from cmd_ext.gpu_check import command, correctness, figures, processes, runtime, sessions, timing
+from cmd_ext.gpu_check.command import CHECKS
+from cmd_ext.gpu_check.samples import F32, STRICT, Target, linear_args, settings
+from cmd_ext.gpu_check.timing import Layer
 
 CPU = torch.device("cpu")
 
@@ -19,7 +21,7 @@ def run_checks(part: str, native: bool, *words: str) -> list[str]:
     """The names of a part's checks that have one of the words, after running them."""
     names = []
     with settings(STRICT):
-        for name, check in PARTS[part](Target(CPU, native)):
+        for name, check in CHECKS[part](Target(CPU, native)):
             if not words or any(word in name for word in words):
                 torch.manual_seed(0)
                 assert check()
@@ -42,7 +44,7 @@ def test_gradient_checks_pass():
 
 
 def test_every_operator_is_checked():
-    names = " ".join(name for part in PARTS for name, _ in PARTS[part](Target(CPU, True)))
+    names = " ".join(name for part in CHECKS for name, _ in CHECKS[part](Target(CPU, True)))
     registered = [n for n in torch._C._dispatch_get_registrations_for_dispatch_key("CPU") if n.startswith("cmd_ext::")]
     assert len(registered) >= 10
     for name in registered:
@@ -93,6 +95,13 @@ def test_runtime_checks_see_a_result_that_changes():
         kernels._destroy()
 
 
+def test_graph_check_sees_a_replay_that_keeps_old_results(monkeypatch):
+    monkeypatch.setattr(runtime, "replayable", lambda call, device: lambda out=call(): out)
+    for call in runtime.calls():
+        with pytest.raises(AssertionError, match="after replay"):
+            run_checks("runtime", False, f"graph: {call.label}")
+
+
 def test_top_k_check_sees_another_order_of_ties():
     def later_ones(out):
         values, row_ptr, col_idx = out
@@ -107,12 +116,12 @@ def test_top_k_check_sees_another_order_of_ties():
 
 
 def test_nan_counts_as_an_error():
-    assert gpu_correctness.judge([("a", 0.2), ("b", 0.4)]) == "0.4 of the bound at b"
+    assert correctness.judge([("a", 0.2), ("b", 0.4)]) == "0.4 of the bound at b"
     on = Target(CPU, False)
-    args = gpu_correctness.linear_args(on, ((4,), 7, 96, 3, 40), F32)
+    args = linear_args(on, ((4,), 7, 96, 3, 40), F32)
     kernels = broken("lrs_linear", lambda y: y * torch.nan)
     try:
-        assert gpu_correctness.error_ratio(on, "lrs_linear", args, 100) == torch.inf
+        assert correctness.error_ratio(on, "lrs_linear", args, 100) == torch.inf
     finally:
         kernels._destroy()
 
@@ -126,10 +135,10 @@ def child(tmp_path, tasks: str) -> list[str]:
     script.write_text(f"""
 import argparse, os, sys, torch
 from pathlib import Path
-from cmd_ext import gpu_check, gpu_timing
+from cmd_ext.gpu_check import processes, sessions
 
 def late():
-    raise gpu_timing.OutOfTimeError("out of time")
+    raise sessions.OutOfTimeError("out of time")
 
 def wrong():
     raise ValueError("two\\nlines")
@@ -138,7 +147,7 @@ parser = argparse.ArgumentParser()
 parser.add_argument("--log", type=Path)
 parser.add_argument("--skip", type=int, default=0)
 args = parser.parse_args()
-sys.exit(gpu_check.work({tasks}, args.log, args.skip, torch.device("cpu")))
+sys.exit(processes.work({tasks}, args.log, args.skip, torch.device("cpu")))
 """)
     return [sys.executable, str(script)]
 
@@ -162,7 +171,7 @@ def test_a_crash_costs_one_check(tmp_path):
     tasks = """[("good", lambda: "fine"), ("wrong", wrong), ("crash", lambda: os.abort()),
         ("exit", lambda: os._exit(7)), ("rows", lambda: [{"layer": "x"}]), ("late", late)]"""
     shown = []
-    records = gpu_check.supervise("part", child(tmp_path, tasks), time.monotonic() + 100, shown.append)
+    records = processes.supervise("part", child(tmp_path, tasks), time.monotonic() + 100, shown.append)
     assert records == shown
     names, states = [r["name"] for r in records], [r["state"] for r in records]
     assert names == ["good", "wrong", "crash", "exit", "rows", "late"]
@@ -175,28 +184,28 @@ def test_a_crash_costs_one_check(tmp_path):
 
 
 def test_a_hung_check_is_ended(tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu_check, "STALL", 3)
+    monkeypatch.setattr(processes, "STALL", 3)
     deadline = time.monotonic() + 200
-    hung, following = gpu_check.supervise("part", stuck_child(tmp_path), deadline, lambda record: None)
+    hung, following = processes.supervise("part", stuck_child(tmp_path), deadline, lambda record: None)
     assert (hung["name"], hung["state"], hung["detail"]) == ("stuck", "FAILED", "hung: nothing for 3 seconds")
     assert following["state"] == "ok"
 
 
 def test_the_time_limit_ends_a_part(tmp_path):
-    records = gpu_check.supervise("part", stuck_child(tmp_path), time.monotonic() + 3, lambda record: None)
+    records = processes.supervise("part", stuck_child(tmp_path), time.monotonic() + 3, lambda record: None)
     assert [(r["name"], r["state"]) for r in records] == [("stuck", "skipped"), ("the rest", "skipped")]
 
 
 def test_a_process_that_does_not_start_is_a_failure():
-    command = [sys.executable, "-c", "raise SystemExit(5)"]
-    (record,) = gpu_check.supervise("part", command, time.monotonic() + 60, lambda record: None)
+    dead = [sys.executable, "-c", "raise SystemExit(5)"]
+    (record,) = processes.supervise("part", dead, time.monotonic() + 60, lambda record: None)
     assert (record["state"], record["detail"]) == ("FAILED", "not run: the process ended with code 5")
 
 
 def test_sanitizer_summaries(tmp_path):
     """A stand-in for compute-sanitizer that prints a summary and runs the program."""
     said_by_child = '{"state": "ok", "name": "call"}\\n{"state": "end"}\\n'
-    command = [sys.executable, "-c", f"import sys; open(sys.argv[2], 'w').write('{said_by_child}')"]
+    quick = [sys.executable, "-c", f"import sys; open(sys.argv[2], 'w').write('{said_by_child}')"]
     for tool, said, state in (
         ("memcheck", "ERROR SUMMARY: 0 errors", "ok"),
         ("memcheck", "ERROR SUMMARY: 3 errors", "FAILED"),
@@ -217,7 +226,7 @@ subprocess.run(sys.argv[at:], check=True)
 print("========= {said}")
 """)
         program.chmod(0o755)
-        record = gpu_check.sanitized(str(program), tool, command, 60)
+        record = processes.sanitized(str(program), tool, quick, 60)
         assert record["state"] == state
         assert said in record["detail"] or record["detail"] == "no summary"
 
@@ -244,22 +253,22 @@ def alone(kind: str, **times: float) -> dict:
 def test_rates_of_canned_rows():
     rows = [PEAKS, alone("float64", csr=102), alone("float32", csr=12), alone("float32", csr=42),
             alone("float16", csr=12, mma=22), alone("bfloat16", csr=12, mma=3)]  # fmt: skip
-    rates = gpu_timing.fit(rows)
+    rates = figures.fit(rows)
     assert rates.bandwidth == 2e12
     assert rates.launch == 2e-6
     assert rates.dense == {"float64": 2e13, "float32": 4e13, "float16": 5e14, "bfloat16": 5e14}
     assert rates.sparse == pytest.approx({"float64": 1e12, "float32": 5e12, "float16": 1e13, "bfloat16": 1e13})
     # A launch is at most half of a measured time.
     assert rates.mma == pytest.approx({"float16": 1e14, "bfloat16": 2e9 / 1.5e-6})
-    assert gpu_timing.fit(rows[1:]) is None
-    assert gpu_timing.fit(rows[:-1]) is None
+    assert figures.fit(rows[1:]) is None
+    assert figures.fit(rows[:-1]) is None
 
 
 def test_rates_are_what_dispatch_keeps(tmp_path):
     rows = [PEAKS, *(alone(kind, csr=12, mma=22) for kind in ("float64", "float32", "float16", "bfloat16"))]
     file = tmp_path / "rates.json"
-    file.write_text(json.dumps(gpu_check.report({}, [{"state": "ok", "rows": rows}])["rates"]))
-    assert dispatch.read_rates(file) == gpu_timing.fit(rows)
+    file.write_text(json.dumps(command.report({}, [{"state": "ok", "rows": rows}])["rates"]))
+    assert dispatch.read_rates(file) == figures.fit(rows)
 
 
 def layer_row(kind: str, nnz: int, **times: float) -> dict:
@@ -269,10 +278,10 @@ def layer_row(kind: str, nnz: int, **times: float) -> dict:
 def test_ceiling_and_text_of_a_row():
     row = layer_row("bfloat16", 20000, dense_contiguous=30, dense_channels_last=20, csr=10, rebuild=25)
     bytes_moved = 2 * (10**6 + 5 * 10**5 + 100 * 3000 + 20000) + 4 * (20000 + 1001)
-    assert gpu_timing.ceiling(row, PEAKS) == pytest.approx(1e6 * bytes_moved / 2e12)
-    assert gpu_timing.ceiling({**row, "tokens": 10**6}, PEAKS) == pytest.approx(1e6 * 2 * 320000 * 1e6 / 5e14)
-    assert gpu_timing.ceiling(row, PEAKS, dense=True) == pytest.approx(1e6 * 2 * 2e6 * 500 / 5e14)
-    text = gpu_timing.describe(row, PEAKS)
+    assert figures.ceiling(row, PEAKS) == pytest.approx(1e6 * bytes_moved / 2e12)
+    assert figures.ceiling({**row, "tokens": 10**6}, PEAKS) == pytest.approx(1e6 * 2 * 320000 * 1e6 / 5e14)
+    assert figures.ceiling(row, PEAKS, dense=True) == pytest.approx(1e6 * 2 * 2e6 * 500 / 5e14)
+    text = figures.describe(row, PEAKS)
     assert text == "L, bfloat16, r 100, 1 %: dense 20.0, csr 10.0, rebuild 25.0 us; 2.00x dense, 19% of the roofline"
 
 
@@ -284,8 +293,8 @@ def test_choices_of_the_model():
         layer_row("tf32", 10**6, csr=30, rebuild=60),
         PEAKS,
     ]
-    assert gpu_timing.choices(rows, rates) == {"rows": 2, "right": 0.5, "mean": 1.5, "worst": 2.0}
-    assert gpu_timing.choices([], rates) == {}
+    assert figures.choices(rows, rates) == {"rows": 2, "right": 0.5, "mean": 1.5, "worst": 2.0}
+    assert figures.choices([], rates) == {}
 
 
 SMALL = [Layer("linear", 48, 64, 20), Layer("conv", 16, 16, 2, 3, 1, 7), Layer("strided", 16, 3, 2, 7, 2, 12)]
@@ -294,14 +303,14 @@ SMALL = [Layer("linear", 48, 64, 20), Layer("conv", 16, 16, 2, 3, 1, 7), Layer("
 def test_measured_rows(device):
     if device == "cuda":
         pytest.skip("gpu-check itself runs there")
-    rows = gpu_timing.peak_rows(CPU, 0.0)
+    rows = sessions.peak_rows(CPU, 0.0)
     for layer in SMALL:
-        for kind in gpu_timing.KINDS:
-            rows += gpu_timing.layer_rows(layer, kind, 0.1, (0, 0.05), CPU, 0.0)
+        for kind in timing.KINDS:
+            rows += sessions.layer_rows(layer, kind, 0.1, (0, 0.05), CPU, 0.0)
     for kind in ("float64", "float32", "float16", "bfloat16"):
-        rows += gpu_timing.sparse_rows(SMALL[0], kind, CPU, 0.0)
-    rows += gpu_timing.topk_rows(30, 40, CPU, 0.0) + gpu_timing.svd_rows(30, 40, 5, CPU, 0.0)
-    rows += gpu_timing.train_rows(SMALL[1], "bfloat16", 0.05, CPU, 0.0)
+        rows += sessions.sparse_rows(SMALL[0], kind, CPU, 0.0)
+    rows += sessions.topk_rows(30, 40, CPU, 0.0) + sessions.svd_rows(30, 40, 5, CPU, 0.0)
+    rows += sessions.train_rows(SMALL[1], "bfloat16", 0.05, CPU, 0.0)
     measured = [row for row in rows if row["layer"] == "conv"]
     assert [(row["kind"], row["density"]) for row in measured][:2] == [("float32", 0), ("float32", 0.05)]
     assert measured[0]["eager"].keys() == {
@@ -309,45 +318,45 @@ def test_measured_rows(device):
     }  # fmt: skip
     assert measured[2]["graph"].keys() >= {"dense contiguous", "csr", "mma", "rebuild"}
     assert measured[0]["errors"].keys() == measured[0]["eager"].keys()
-    assert all(row["eager"][name]["runs"] == gpu_timing.LEAST for row in measured for name in row["eager"])
+    assert all(row["eager"][name]["runs"] == timing.LEAST for row in measured for name in row["eager"])
     for row in json.loads(json.dumps(rows)):
-        assert "us" in gpu_timing.describe(row, rows[0])
-    rates = gpu_timing.fit(rows)
+        assert "us" in figures.describe(row, rows[0])
+    rates = figures.fit(rows)
     assert rates.mma.keys() == {"float16", "bfloat16"}
-    assert gpu_timing.choices(rows, rates)["rows"] >= 8
+    assert figures.choices(rows, rates)["rows"] >= 8
 
 
 def test_a_wrong_result_is_not_timed():
     kernels = broken("lrs_linear", a_little_off)
     try:
         with pytest.raises(AssertionError, match=r"csr 0.*relative error"):
-            gpu_timing.layer_rows(SMALL[0], "float32", 0.1, (0,), CPU, 0.0)
+            sessions.layer_rows(SMALL[0], "float32", 0.1, (0,), CPU, 0.0)
     finally:
         kernels._destroy()
 
 
 def test_measure_takes_turns_and_keeps_to_its_time():
     calls = []
-    contenders = {name: gpu_timing.Contender(lambda n=name: calls.append(n)) for name in "ab"}
-    times = gpu_timing.measure(contenders, CPU, 1.0)
-    assert times["a"]["runs"] == times["b"]["runs"] == gpu_timing.MOST
-    assert calls[4:] == ["a", "b"] * gpu_timing.MOST
-    slow = {"slow": gpu_timing.Contender(lambda: time.sleep(0.01))}
-    assert gpu_timing.measure(slow, CPU, 0.05)["slow"]["runs"] <= 5
+    contenders = {name: timing.Contender(lambda n=name: calls.append(n)) for name in "ab"}
+    times = timing.measure(contenders, CPU, 1.0)
+    assert times["a"]["runs"] == times["b"]["runs"] == timing.MOST
+    assert calls[4:] == ["a", "b"] * timing.MOST
+    slow = {"slow": timing.Contender(lambda: time.sleep(0.01))}
+    assert timing.measure(slow, CPU, 0.05)["slow"]["runs"] <= 5
 
 
 def test_bench_plans_every_row_and_stops_in_time():
-    names = [name for name, _ in gpu_timing.sessions(quick=False)]
+    names = [name for name, _ in sessions.sessions(quick=False)]
     assert len(names) == len(set(names)) + 6  # training at two densities
-    assert len(gpu_timing.sessions(quick=True)) < len(names) / 4
-    for layer in [*gpu_timing.MAIN, *gpu_timing.RESNET18]:
+    assert len(sessions.sessions(quick=True)) < len(names) / 4
+    for layer in [*timing.MAIN, *timing.RESNET18]:
         assert sum(layer.name in name and "rank" in name for name in names) == 9
-    _, task = next(gpu_timing.tasks(CPU, True, time.monotonic() - 1))
-    assert gpu_check.attempt(task, CPU)["state"] == "skipped"
+    _, task = next(sessions.tasks(CPU, True, time.monotonic() - 1))
+    assert processes.attempt(task, CPU)["state"] == "skipped"
 
 
 def test_shapes_of_the_layers():
-    layer = gpu_timing.RESNET18[0]
+    layer = timing.RESNET18[0]
     x = torch.empty(layer.images(CPU, F32)["contiguous"].shape, device="meta")
     y = layer.dense(x, layer.weight(torch.empty(layer.m, layer.n, device="meta"), x))
     assert y.shape == (64, 64, 112, 112)
@@ -379,8 +388,8 @@ def test_without_a_gpu_there_is_one_line(capsys, monkeypatch, tmp_path):
 
 def test_the_command_on_the_cpu(capsys, tmp_path):
     out = tmp_path / "report.json"
-    command = ["gpu-check", "--device", "cpu", "--out", str(out), "--parts"]
-    assert main([*command, "sanitizer", "svd"]) == 0
+    arguments = ["gpu-check", "--device", "cpu", "--out", str(out), "--parts"]
+    assert main([*arguments, "sanitizer", "svd"]) == 0
     printed = capsys.readouterr().out
     assert "ok      truncated_svd float32, 40x40, rank 5: " in printed
     assert "skipped memcheck: " in printed
@@ -388,14 +397,14 @@ def test_the_command_on_the_cpu(capsys, tmp_path):
     assert content["summary"] == {"ok": 14, "FAILED": 0, "skipped": 2}
     assert content["header"]["cmd_ext"]
     assert [p.name for p in tmp_path.iterdir()] == ["report.json"]
-    assert main([*command, "speed"]) == 1
+    assert main([*arguments, "speed"]) == 1
     assert main(["gpu-check", "--device", "cpu", "--out", str(tmp_path / "no" / "report.json")]) == 1
     assert "no folder" in capsys.readouterr().err
 
 
 def test_a_failed_check_is_the_exit_code(monkeypatch, tmp_path):
     failed = [{"part": "svd", "name": "x", "state": "FAILED", "detail": "wrong"}]
-    monkeypatch.setattr(gpu_check, "supervise", lambda *args, **options: failed)
+    monkeypatch.setattr(processes, "supervise", lambda *args, **options: failed)
     out = tmp_path / "report.json"
     assert main(["gpu-check", "--device", "cpu", "--out", str(out), "--parts", "svd"]) == 1
     assert json.loads(out.read_text())["checks"] == failed
