@@ -96,7 +96,11 @@ def test_runtime_checks_see_a_result_that_changes():
 
 
 def test_graph_check_sees_a_replay_that_keeps_old_results(monkeypatch):
-    monkeypatch.setattr(runtime, "replayable", lambda call, device: lambda out=call(): out)
+    def stale(call, _device):
+        out = call()
+        return lambda: out
+
+    monkeypatch.setattr(runtime, "replayable", stale)
     for call in runtime.calls():
         with pytest.raises(AssertionError, match="after replay"):
             run_checks("runtime", False, f"graph: {call.label}")

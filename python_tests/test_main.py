@@ -74,6 +74,7 @@ def test_doctor_names_what_there_is(capsys):
         torch.__version__,
         "cpu",
         "built with",
+        "CUDA kernels",
         "operators",
         "lrs_conv2d",
         "compiler here",
