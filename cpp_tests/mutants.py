@@ -161,7 +161,7 @@ def compile_one(source: Path, out: Path, kernels: Path, *flags: str) -> None:
 
 
 class Builder:
-    """Objects that every mutant shares: the emulator, the CPU kernels that some tests compare with, the tests."""
+    """Objects that every mutant shares: the emulator and the tests."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -169,7 +169,7 @@ class Builder:
 
     def prepare(self, stem: str, mode: str) -> None:
         flags = MODES[mode][0]
-        sources = [*sorted(ROOT.glob("cpp_tests/simt/simt*.cpp")), *sorted(ROOT.glob("csrc/cpu/*.cpp"))]
+        sources = sorted(ROOT.glob("cpp_tests/simt/simt*.cpp"))
         objects = []
         for source in [*sources, ROOT / "cpp_tests" / "cuda" / f"test_{stem}.cpp"]:
             out = self.folder / f"{source.parent.name}_{source.stem}_{mode}.o"
