@@ -285,8 +285,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps, kRows == 1 ? 3 : 2)
   partial += split * nnz;
 
   for (int pack = first_pack; pack < last_pack; ++pack) {
-    __syncthreads();
-    locate(shared, p, pack);
+    locate(shared, p, pack);  // what it overwrites was last read before a barrier of walk
     A grad[kRows][kCells<T> * kPack<T>];
 #pragma unroll
     for (int k = 0; k < kCells<T>; ++k)
