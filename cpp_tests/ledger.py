@@ -3,6 +3,7 @@
 
     ledger.py            compiles csrc/cuda/*.cu and writes csrc/cuda/ledger.json
     ledger.py --check    compares with it and prints a line for everything that got worse
+    --build FOLDER       a CMake build with the target cuda_access, for the part about memory accesses
 
 Needs a CUDA toolkit (CUDA_HOME or /usr/local/cuda*) and nvdisasm (the package nvidia-cuda-nvdisasm, or on PATH). The
 counts are of instructions in the code, not of executions. Occupancy is the number of resident warps an SM that
@@ -21,6 +22,8 @@ import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+import ledger_access
 
 ROOT = Path(__file__).resolve().parent.parent
 LEDGER = ROOT / "csrc/cuda/ledger.json"
@@ -236,29 +239,39 @@ def compare(recorded, current):
 
 
 def dump(ledger):
-    """JSON with one kernel a line, so that a diff is read kernel by kernel."""
-    lines = ",\n".join(f"    {json.dumps(key)}: {json.dumps(entry)}" for key, entry in ledger["kernels"].items())
-    return f'{{\n  "nvcc": {json.dumps(ledger["nvcc"])},\n  "kernels": {{\n{lines}\n  }}\n}}\n'
+    """JSON with one entry a line, so that a diff is read kernel by kernel."""
+    parts = [f'  "nvcc": {json.dumps(ledger["nvcc"])}']
+    for part in ("kernels", "access"):
+        lines = ",\n".join(f"    {json.dumps(key)}: {json.dumps(entry)}" for key, entry in ledger[part].items())
+        parts.append(f'  "{part}": {{\n{lines}\n  }}')
+    return "{\n" + ",\n".join(parts) + "\n}\n"
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="compare with the ledger instead of writing it")
+    parser.add_argument("--build", type=Path, help="a build with the target cuda_access")
     parser.add_argument("--folder", type=Path, default=LEDGER.parent, help="where the .cu files are")
     arguments = parser.parse_args()
     start = time.monotonic()
+    recorded = json.loads(LEDGER.read_text()) if LEDGER.exists() else {}
     current, faults = compile_all(arguments.folder.glob("*.cu"))
-    if arguments.check:
-        recorded = json.loads(LEDGER.read_text())
-        if recorded["nvcc"] == current["nvcc"]:
-            faults += compare(recorded["kernels"], current["kernels"])
-        else:
-            print(f"The ledger is of nvcc {recorded['nvcc']}, this is {current['nvcc']}: numbers are not compared")
-    else:
+    current["access"], sites = recorded.get("access", {}), 0
+    if arguments.build:
+        ratios, sites = ledger_access.measure(arguments.build, short_names)
+        current["access"], unreasoned = ledger_access.entries(ratios)
+        faults += unreasoned
+    if not arguments.check:
         LEDGER.write_text(dump(current))
+    elif recorded["nvcc"] == current["nvcc"]:
+        faults += compare(recorded["kernels"], current["kernels"])
+        faults += ledger_access.compare(recorded["access"], current["access"])
+    else:
+        print(f"The ledger is of nvcc {recorded['nvcc']}, this is {current['nvcc']}: numbers are not compared")
     for fault in faults:
         print(fault)
-    print(f"{len(current['kernels'])} kernels, {len(faults)} faults, {time.monotonic() - start:.0f} s")
+    kernels = len(current["kernels"])
+    print(f"{kernels} kernels, {sites} accesses, {len(faults)} faults, {time.monotonic() - start:.0f} s")
     sys.exit(bool(faults))
 
 

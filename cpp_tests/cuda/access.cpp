@@ -77,8 +77,8 @@ void conv2d() {
   const Output<T> out(4 * 32 * 256), values(s.host.nnz());
   cuda::sparse_conv2d<T>(x, s.csr, nullptr, 0, out, shape, nullptr);
   const Bytes reordered(cuda::sparse_conv2d_grad_input_workspace_bytes<T>(s.host.nnz()));
-  cuda::sparse_conv2d_grad_input<T>(y, s.csr, s.col_ptr, s.row_idx, s.perm, 0, out, shape, nullptr, reordered);
-  const Bytes partial(cuda::sparse_conv2d_grad_values_workspace_bytes(s.host.nnz(), shape));
+  cuda::sparse_conv2d_grad_input<T>(y, s.csr, s.col_ptr, s.row_idx, s.perm, 0, out, shape, reordered, nullptr);
+  const Bytes partial(cuda::sparse_conv2d_grad_values_workspace_bytes<T>(s.host.nnz(), shape));
   cuda::sparse_conv2d_grad_values<T>(y, x, s.csr, values, shape, partial, nullptr);
 }
 

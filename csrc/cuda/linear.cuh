@@ -438,7 +438,8 @@ __global__ void __launch_bounds__(RebuildTile<T>::kThreads, 3)
   using Tile = RebuildTile<T>;
   using A = gpu::Acc<T>;
   __shared__ A shared[Tile::kSide * Tile::kPitch];
-  __shared__ A us[Tile::kDepth][Tile::kSide], vs[Tile::kDepth][Tile::kSide];
+  // u is stored down a column: its rows are 2 banks apart modulo 32, so that 16 of them have no bank conflicts.
+  __shared__ A us[Tile::kDepth][Tile::kSide + 8 / sizeof(A)], vs[Tile::kDepth][Tile::kSide];
   const int tx = threadIdx.x % 16, ty = threadIdx.x / 16;
   const int64_t tiles = gpu::ceil_div(group_rows, Tile::kSide), group = blockIdx.y / tiles;
   const int64_t in_group = blockIdx.y % tiles * Tile::kSide, row0 = group * group_rows + in_group;
