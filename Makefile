@@ -35,7 +35,7 @@ bench: install
 cpp-test: $(if $(CMAKE_TOOLS),,$(VENV)/.cmake)
 	cmake -S . -B build/cpp -G Ninja -DCMD_EXT_SANITIZE=ON
 	cmake --build build/cpp
-	ctest --test-dir build/cpp --output-on-failure --no-tests=error
+	ctest --test-dir build/cpp --output-on-failure --no-tests=error --parallel $(shell nproc)
 
 # One planted fault after another in the CUDA kernels: their tests must see it. About 15 minutes on 2 cores.
 mutants: | $(BIN)/pip
