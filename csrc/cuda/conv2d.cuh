@@ -415,7 +415,6 @@ template <class T>
 cudaError_t sparse_conv2d_grad_input(const T* dy, const Csr<T>& s, const int32_t* col_ptr, const int32_t* row_idx,
                                      const int32_t* perm, int beta, T* dx, const ConvShape& shape, void* workspace,
                                      cudaStream_t stream) {
-  if (s.nnz > 0 && !workspace) return cudaErrorInvalidValue;
   T* values = static_cast<T*>(workspace);
   int32_t* cols =
       reinterpret_cast<int32_t*>(static_cast<char*>(workspace) + gpu::ceil_div(s.nnz * int64_t(sizeof(T)), 16) * 16);
