@@ -19,6 +19,7 @@
 #include <algorithm>
 #include <climits>
 #include <numeric>
+#include <type_traits>
 
 #include "gpu.h"
 #include "kernels.h"
@@ -35,20 +36,28 @@ struct alignas(16) Cell {
   T tile[kPack<T>];
 };
 
-// The elements of a cell; those of bf16 by hand, as the compiler takes a third instruction for a pair.
+// The elements of a cell, which is read at once: element by element the reads would stay apart, each with the bank
+// conflicts of a stride of 16 bytes. The pairs of bf16 by hand, as the compiler takes a third instruction for each.
 template <class T>
 __device__ __forceinline__ void widen(const Cell<T>& cell, gpu::Acc<T> (&values)[kPack<T>]) {
+  if constexpr (sizeof(T) == 8) {
+    const double2 pair = reinterpret_cast<const double2&>(cell);
+    values[0] = pair.x, values[1] = pair.y;
+  } else {
+    const uint4 words = reinterpret_cast<const uint4&>(cell);
 #pragma unroll
-  for (int i = 0; i < kPack<T>; ++i) values[i] = gpu::widen(cell.tile[i]);
-}
-template <>
-__device__ __forceinline__ void widen<gpu::bf16>(const Cell<gpu::bf16>& cell, float (&values)[8]) {
-  const uint4 pairs = reinterpret_cast<const uint4&>(cell);
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const uint32_t pair = i == 0 ? pairs.x : i == 1 ? pairs.y : i == 2 ? pairs.z : pairs.w;
-    values[2 * i] = __uint_as_float(pair << 16);
-    values[2 * i + 1] = __uint_as_float(pair & 0xffff0000u);
+    for (int i = 0; i < 4; ++i) {
+      const uint32_t word = i == 0 ? words.x : i == 1 ? words.y : i == 2 ? words.z : words.w;
+      if constexpr (sizeof(T) == 4) {
+        values[i] = __uint_as_float(word);
+      } else if constexpr (std::is_same_v<T, gpu::bf16>) {
+        values[2 * i] = __uint_as_float(word << 16);
+        values[2 * i + 1] = __uint_as_float(word & 0xffff0000u);
+      } else {
+        values[2 * i] = gpu::widen(__ushort_as_half(uint16_t(word)));
+        values[2 * i + 1] = gpu::widen(__ushort_as_half(uint16_t(word >> 16)));
+      }
+    }
   }
 }
 
