@@ -1,16 +1,13 @@
-// Fibers, the scheduler of a block, barriers, launches, reports and shared memory.
+// Fibers, the scheduler of a block, barriers, warp operations and launches.
 #include "simt.h"
 
 #include <sys/mman.h>
 
 #include <algorithm>
-#include <cstdarg>
 #include <cstdlib>
 #include <map>
 #include <mutex>
 #include <numeric>
-#include <set>
-#include <tuple>
 
 #include "simt_internal.h"
 #include "simt_metrics.h"
@@ -21,24 +18,11 @@
 
 namespace simt {
 
-namespace {
-
-uint64_t environment(const char* name) {
-  const char* value = std::getenv(name);
-  return value ? std::strtoull(value, nullptr, 10) : 0;
-}
-
-}  // namespace
-
 // simt.h declares these constant, under the same symbols.
 uint3 thread_index asm("threadIdx"), block_index asm("blockIdx");
 uint3 block_extent asm("blockDim"), grid_extent asm("gridDim");
 
-Config config = [] {
-  Config out;
-  out.preempt = int(environment("SIMT_PREEMPT"));
-  return out;
-}();
+Config config;  // without a constructor to run, as static objects of other files set it
 Block block;
 Thread* current = nullptr;
 uint32_t block_generation = 0;
@@ -156,6 +140,11 @@ uint64_t random_state;
 BarrierState barrier_state;
 uint32_t warp_running[32], warp_waiting[32];  // lanes
 
+uint64_t environment(const char* name) {
+  const char* value = std::getenv(name);
+  return value ? std::strtoull(value, nullptr, 10) : 0;
+}
+
 uint64_t seed() {
   static const uint64_t base = environment("SIMT_SEED");
   return base + config.seed;
@@ -174,6 +163,11 @@ void suspend() {
   current = next;
   if (next) thread_index = next->index;
   switch_context(from->context, next ? next->context : main_context, from->state == State::kFinished);
+}
+
+void yield() {
+  make_ready(*current);
+  suspend();
 }
 
 void release_barrier() {
@@ -227,9 +221,10 @@ uint64_t random_number() {
   return random_state;
 }
 
-void yield() {
-  make_ready(*current);
-  suspend();
+void maybe_preempt() {
+  static const uint64_t base = environment("SIMT_PREEMPT");
+  const uint64_t every = config.preempt > 0 ? uint64_t(config.preempt) : base;
+  if (every > 0 && random_number() % every == 0) yield();
 }
 
 void enter_kernel() { current->in_kernel = true; }

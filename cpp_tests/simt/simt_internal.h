@@ -75,7 +75,7 @@ extern Block block;
 extern Thread* current;
 
 uint64_t random_number();
-void yield();  // lets another thread run
+void maybe_preempt();  // lets another thread run, as often as config.preempt says
 
 // simt_report.cpp
 struct Symbol {
@@ -115,7 +115,6 @@ void fence();
 void begin_copy(Thread& thread, const Copy& copy);
 void end_copy(Thread& thread, const Copy& copy);
 void check(Thread& thread, const void* p, size_t bytes, int kind, Location line);
-void maybe_preempt();
 #else
 inline void add_global(void*, size_t) {}
 inline void remove_global(void*) {}
@@ -129,7 +128,6 @@ inline void fence() {}
 inline void begin_copy(Thread&, const Copy&) {}
 inline void end_copy(Thread&, const Copy&) {}
 inline void check(Thread&, const void*, size_t, int, Location) {}
-inline void maybe_preempt() {}
 #endif
 }  // namespace race
 

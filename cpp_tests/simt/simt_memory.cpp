@@ -29,17 +29,12 @@ void dev_free(void* p) {
   std::free(static_cast<char*>(p) - kMargin);
 }
 
-void mark_init(void* p, size_t bytes) {
-  race::mark_init(p, bytes);
-  (void)p, (void)bytes;
-}
+void mark_init(void* p, size_t bytes) { race::mark_init(p, bytes); }
 
 void access(const void* p, size_t bytes, int kind, Location line) {
-  if (current && current->in_kernel) {
-    race::maybe_preempt();
-    race::check(*current, p, bytes, kind, line);
-  }
-  (void)p, (void)bytes, (void)kind, (void)line;
+  if (!current || !current->in_kernel) return;
+  maybe_preempt();
+  race::check(*current, p, bytes, kind, line);
 }
 
 void* dynamic_shared() { return block.shared; }

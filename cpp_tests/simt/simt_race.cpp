@@ -12,6 +12,7 @@
 #ifdef SIMT_RACE
 
 #include <link.h>
+#include <sys/mman.h>
 
 #include <algorithm>
 #include <array>
@@ -33,14 +34,20 @@ enum class Space { kGlobal, kDynamicShared, kStaticShared };
 
 struct Stamp {
   uint32_t block = 0;  // linear index + 1; 0 for none
-  uint32_t epoch, clock, site;
-  uint32_t thread;
+  uint32_t epoch = 0, site = 0;
+  uint32_t thread : 10, clock : 22;
 };
+using Stamps = Stamp[2];  // of different threads, the newest first
 
-// All zero at first.
-struct Cell {
+// All zero at first. A line of the cache; the stamps of atomics, which few cells have, are elsewhere.
+struct alignas(64) Cell {
   uint32_t generation;  // of the launch or block that the stamps are from
-  Stamp write, reads[2], atomics[2];
+  uint32_t atomics;     // index + 1 of the region's
+  Stamp write;
+  Stamps reads;
+};
+struct AtomicStamps {
+  Stamps stamps = {};
 };
 
 constexpr uint8_t kInitialised = 1, kPending = 2;
@@ -51,33 +58,59 @@ struct Region {
   std::string name;
   int shift = 2;  // bytes of a cell: 4 until a smaller access comes
   Cell* cells = nullptr;
+  std::vector<AtomicStamps> atomics;
   std::vector<uint8_t> state;  // of each byte
 
   Region(Space space, uintptr_t begin, size_t bytes, std::string name)
       : space(space), begin(begin), end(begin + bytes), name(std::move(name)), state(bytes) {
     cells = allocate(shift);
   }
-  ~Region() { std::free(cells); }
+  ~Region() { munmap(cells, count(shift) * sizeof(Cell)); }
   Region(const Region&) = delete;
   Region& operator=(const Region&) = delete;
 
   uintptr_t base() const { return begin & ~uintptr_t(7); }
   size_t count(int cell_shift) const { return ((end - base()) >> cell_shift) + 1; }
   Cell* allocate(int cell_shift) const {  // pages that are never touched cost nothing
-    return static_cast<Cell*>(std::calloc(count(cell_shift), sizeof(Cell)));
+    void* p = mmap(nullptr, count(cell_shift) * sizeof(Cell), PROT_READ | PROT_WRITE,
+                   MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (p == MAP_FAILED) std::abort();
+    return static_cast<Cell*>(p);
   }
   // Halves the cells until they are no larger than the access.
   void refine(size_t granule) {
     for (; (size_t(1) << shift) > granule; --shift) {
       Cell* finer = allocate(shift - 1);
-      for (size_t i = 0; i < count(shift); ++i)
-        if (cells[i].generation)
-          for (size_t half = 0; half < 2 && 2 * i + half < count(shift - 1); ++half) finer[2 * i + half] = cells[i];
-      std::free(cells);
+      for (size_t i = 0; i < count(shift); ++i) {
+        if (cells[i].generation == 0) continue;
+        Cell* halves = finer + 2 * i;
+        halves[0] = cells[i];
+        if (2 * i + 1 == count(shift - 1)) break;
+        halves[1] = cells[i];
+        if (cells[i].atomics == 0) continue;
+        atomics.push_back(atomics[cells[i].atomics - 1]);
+        halves[1].atomics = uint32_t(atomics.size());
+      }
+      munmap(cells, count(shift) * sizeof(Cell));
       cells = finer;
     }
   }
   uint32_t generation() const;
+  Cell& current_cell(uintptr_t address) {
+    Cell& cell = cells[(address - base()) >> shift];
+    if (cell.generation == generation()) return cell;
+    cell.generation = generation();
+    cell.write = cell.reads[0] = cell.reads[1] = Stamp();
+    if (cell.atomics) atomics[cell.atomics - 1] = AtomicStamps();
+    return cell;
+  }
+  Stamps& atomics_of(Cell& cell) {
+    if (cell.atomics == 0) {
+      atomics.emplace_back();
+      cell.atomics = uint32_t(atomics.size());
+    }
+    return atomics[cell.atomics - 1].stamps;
+  }
 };
 
 uint32_t launch_generation = 0;
@@ -201,7 +234,7 @@ std::vector<Acquired> acquired;  // by this block
 std::unordered_map<uintptr_t, std::vector<std::shared_ptr<const Released>>> released;  // by address, in this launch
 
 // Whether a barrier, __syncwarp or the own order makes what `thread` did at this time precede what `now` does.
-bool precedes(uint32_t epoch, uint32_t clock, int thread, const Thread& now) {
+inline bool precedes(uint32_t epoch, uint32_t clock, int thread, const Thread& now) {
   if (epoch < block.epoch || thread == now.linear) return true;
   return thread / 32 == now.warp && clock <= now.clocks[thread % 32];
 }
@@ -214,13 +247,17 @@ bool may_rely_on(const Acquired& entry, const Thread& now) {
   return false;
 }
 
-bool ordered(const Stamp& stamp, const Thread& now) {
-  if (stamp.block == block.linear + 1) return precedes(stamp.epoch, stamp.clock, int(stamp.thread), now);
+bool ordered_by_atomics(const Stamp& stamp, const Thread& now) {
   for (const Acquired& entry : acquired) {
     const Released* from = entry.by_block[stamp.block - 1].get();
     if (from && from->covers(stamp) && may_rely_on(entry, now)) return true;
   }
   return false;
+}
+
+inline bool ordered(const Stamp& stamp, const Thread& now) {
+  if (stamp.block == block.linear + 1) return precedes(stamp.epoch, stamp.clock, int(stamp.thread), now);
+  return ordered_by_atomics(stamp, now);
 }
 
 void acquire(const Thread& thread, uintptr_t address) {
@@ -263,7 +300,7 @@ void report_race(const Region& region, uintptr_t address, const Stamp& before, i
 }
 
 // Keeps the newest stamp first, behind it one of another thread, of another warp if there is one.
-void remember(Stamp (&kept)[2], const Stamp& stamp, const Thread& now) {
+void remember(Stamps& kept, const Stamp& stamp, const Thread& now) {
   const Stamp old = kept[0];
   kept[0] = stamp;
   if (!old.block || (old.block == stamp.block && old.thread == stamp.thread)) return;
@@ -286,21 +323,18 @@ struct Access {
     report_race(region, address, before, before_kind, kind, site);
   }
 
-  void update(Cell& cell, uintptr_t address) {
-    if (cell.generation != region.generation()) {
-      cell = Cell();
-      cell.generation = region.generation();
-    }
+  void update(uintptr_t address) {
+    Cell& cell = region.current_cell(address);
     against(cell.write, kWrite, address);
     if (kind != kRead)
       for (const Stamp& stamp : cell.reads) against(stamp, kRead, address);
-    if (kind != kAtomic)
-      for (const Stamp& stamp : cell.atomics) against(stamp, kAtomic, address);
-    const Stamp stamp{block.linear + 1, block.epoch, thread.clocks[thread.lane], site, uint32_t(thread.linear)};
+    if (kind != kAtomic && cell.atomics)
+      for (const Stamp& stamp : region.atomics_of(cell)) against(stamp, kAtomic, address);
+    const Stamp stamp{block.linear + 1, block.epoch, site, uint32_t(thread.linear), thread.clocks[thread.lane]};
     if (kind == kWrite)
       cell.write = stamp;
     else
-      remember(kind == kRead ? cell.reads : cell.atomics, stamp, thread);
+      remember(kind == kRead ? cell.reads : region.atomics_of(cell), stamp, thread);
   }
 };
 
@@ -325,8 +359,7 @@ void update_cells(Thread& thread, Region& region, uintptr_t address, size_t byte
   region.refine((address | bytes) & 1 ? 1 : (address | bytes) & 2 ? 2 : 4);
   Access access{thread, region, kind, site};
   const size_t step = size_t(1) << region.shift;
-  for (uintptr_t at = address; at < address + bytes; at += step)
-    access.update(region.cells[(at - region.base()) >> region.shift], at);
+  for (uintptr_t at = address; at < address + bytes; at += step) access.update(at);
 }
 
 void check_access(Thread& thread, uintptr_t address, size_t bytes, int kind, uint32_t site) {
@@ -346,7 +379,7 @@ void check_access(Thread& thread, uintptr_t address, size_t bytes, int kind, uin
 
 void hook(const void* p, size_t bytes, int kind, const void* pc) {
   if (!current || !current->in_kernel) return;
-  race::maybe_preempt();
+  maybe_preempt();
   check_access(*current, reinterpret_cast<uintptr_t>(p), bytes, kind, site_of(pc));
 }
 
@@ -455,10 +488,6 @@ void check(Thread& thread, const void* p, size_t bytes, int kind, Location line)
   if (!config.metrics || block.linear > 0 || line.file) return;
   if (const Region* region = find_region(address))
     metrics::note(thread.linear, line.line, address, bytes, kind, region->space != Space::kGlobal);
-}
-
-void maybe_preempt() {
-  if (config.preempt > 0 && random_number() % uint64_t(config.preempt) == 0) yield();
 }
 
 }  // namespace race

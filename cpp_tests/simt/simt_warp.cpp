@@ -119,36 +119,6 @@ struct Mma {
   float* d;
 };
 
-// d [16, 8] += a [16, 8 words] b [8 words, 8], where a word holds kPacked elements of k. Lane l has of a the rows l / 4
-// and l / 4 + 8 and the words l % 4 and l % 4 + 4, of b the column l / 4 and the same words, of d the same rows and the
-// columns 2 (l % 4) and the next one.
-template <int kPacked, class Unpack>
-void multiply(Lanes& data, uint32_t active, const Unpack& unpack) {
-  if (!all_lanes("mma", active)) return;
-  float a[16][8 * kPacked], b[8][8 * kPacked];
-  for (int lane = 0; lane < 32; ++lane) {
-    const Mma& own = word<Mma>(data, lane);
-    const int group = lane / 4, k = lane % 4;
-    for (int i = 0; i < kPacked; ++i) {
-      for (int half = 0; half < 2; ++half) {
-        const int at = (k + 4 * half) * kPacked + i;
-        a[group][at] = unpack(own.a[2 * half], i);
-        a[group + 8][at] = unpack(own.a[2 * half + 1], i);
-        b[group][at] = unpack(own.b[half], i);
-      }
-    }
-  }
-  for (int lane = 0; lane < 32; ++lane) {
-    const Mma& own = word<Mma>(data, lane);
-    for (int i = 0; i < 4; ++i) {
-      const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
-      double sum = own.d[i];
-      for (int k = 0; k < 8 * kPacked; ++k) sum += double(a[row][k]) * b[column][k];
-      own.d[i] = float(sum);
-    }
-  }
-}
-
 float unpack_bf16(uint32_t bits, int i) { return __uint_as_float(i ? bits & 0xffff0000u : bits << 16); }
 float unpack_f16(uint32_t bits, int i) {
   __half_raw raw;
@@ -157,9 +127,44 @@ float unpack_f16(uint32_t bits, int i) {
 }
 float unpack_tf32(uint32_t bits, int) { return __uint_as_float(bits & 0xffffe000u); }  // the low bits are not read
 
-void multiply_bf16(Lanes& data, uint32_t active) { multiply<2>(data, active, unpack_bf16); }
-void multiply_f16(Lanes& data, uint32_t active) { multiply<2>(data, active, unpack_f16); }
-void multiply_tf32(Lanes& data, uint32_t active) { multiply<1>(data, active, unpack_tf32); }
+using Pair = double __attribute__((vector_size(16)));
+union Row {  // of eight columns
+  double columns[8];
+  Pair pairs[4];
+};
+
+// d [16, 8] += a [16, 8 words] b [8 words, 8], where a word holds kPacked elements of k. Lane l has of a the rows l / 4
+// and l / 4 + 8 and the words l % 4 and l % 4 + 4, of b the column l / 4 and the same words, of d the same rows and the
+// columns 2 (l % 4) and the next one.
+template <int kPacked, float (*unpack)(uint32_t bits, int i)>
+void multiply(Lanes& data, uint32_t active) {
+  if (!all_lanes("mma", active)) return;
+  double a[16][8 * kPacked];
+  Row b[8 * kPacked], d[16];
+  for (int lane = 0; lane < 32; ++lane) {
+    const Mma& own = word<Mma>(data, lane);
+    const int group = lane / 4;
+    for (int half = 0; half < 2; ++half)
+      for (int i = 0; i < kPacked; ++i) {
+        const int k = (lane % 4 + 4 * half) * kPacked + i;
+        a[group][k] = unpack(own.a[2 * half], i);
+        a[group + 8][k] = unpack(own.a[2 * half + 1], i);
+        b[k].columns[group] = unpack(own.b[half], i);
+      }
+    for (int i = 0; i < 4; ++i) d[group + i / 2 * 8].columns[lane % 4 * 2 + i % 2] = own.d[i];
+  }
+  for (int row = 0; row < 16; ++row) {
+    Row sums = d[row];
+    for (int k = 0; k < 8 * kPacked; ++k) {
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j) sums.pairs[j] += a[row][k] * b[k].pairs[j];
+    }
+    d[row] = sums;
+  }
+  for (int lane = 0; lane < 32; ++lane)
+    for (int i = 0; i < 4; ++i)
+      word<Mma>(data, lane).d[i] = float(d[lane / 4 + i / 2 * 8].columns[lane % 4 * 2 + i % 2]);
+}
 
 }  // namespace
 
@@ -173,9 +178,9 @@ void ldmatrix(uint32_t (&r)[4], const void* row, bool transposed, Location line)
     Mma own{a, b, d};                                                                       \
     warp_operation(~0u, operation, &own, line);                                             \
   }
-SIMT_MMA(mma_bf16, multiply_bf16)
-SIMT_MMA(mma_f16, multiply_f16)
-SIMT_MMA(mma_tf32, multiply_tf32)
+SIMT_MMA(mma_bf16, (multiply<2, unpack_bf16>))
+SIMT_MMA(mma_f16, (multiply<2, unpack_f16>))
+SIMT_MMA(mma_tf32, (multiply<1, unpack_tf32>))
 #undef SIMT_MMA
 
 }  // namespace simt
