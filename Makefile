@@ -6,7 +6,7 @@ LINTERS := ruff==0.17.* clang-format==23.1.*
 
 BIN := $(VENV)/bin
 LIBRARY := cmd_ext/_ops.abi3.so
-SOURCES := pyproject.toml setup.py $(wildcard build_backend/*.py csrc/*.cpp csrc/*.h csrc/*/*)
+SOURCES := pyproject.toml setup.py $(filter-out %.json,$(wildcard build_backend/*.py csrc/*.cpp csrc/*.h csrc/*/*))
 CXX_FILES := $(wildcard $(addprefix csrc/,*.cpp *.h */*.cpp */*.h */*.cu */*.cuh) $(addprefix cpp_tests/,*.cpp *.h */*.cpp */*.h))
 CUDA_HEADER := $(firstword $(wildcard $(addsuffix /include/cuda_bf16.h,$(CUDA_HOME) /usr/local/cuda /usr/local/cuda-*)))
 SIMT := build/simt/libcmd_ext_simt.so
@@ -47,13 +47,13 @@ lint: $(VENV)/.linters
 	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
 	$(BIN)/python .ci/lint
 
-# What ptxas makes of each CUDA kernel, written to csrc/cuda/ledger.json or compared with it. Needs nvcc 13.0, no GPU.
-kernel-ledger: $(VENV)/.disassembler
-	$(BIN)/python cpp_tests/ledger.py
-
-kernel-check: $(VENV)/.disassembler
+# What nvcc makes of each CUDA kernel, written to csrc/cuda/ledger.json or compared with it, and the roofline figures of
+# their heads. Needs nvcc 13.0, no GPU.
+kernel-ledger kernel-check: $(VENV)/.disassembler $(if $(CMAKE_TOOLS),,$(VENV)/.cmake)
+	cmake -S . -B build/cpp -G Ninja -DCMD_EXT_SANITIZE=ON
+	cmake --build build/cpp --target cuda_access
 	$(BIN)/python cpp_tests/roofline.py
-	$(BIN)/python cpp_tests/ledger.py --check
+	$(BIN)/python cpp_tests/ledger.py --build build/cpp $(if $(filter kernel-check,$@),--check)
 
 clean:
 	rm -rf build dist *.egg-info $(VENV)/.installed

@@ -12,6 +12,10 @@
 // 1 us, and a tile has two, so expect some 4 us a launch, 15 to 20 us in all, once per change of the support. A radix
 // sort of (column, place) pairs would move 16 bytes a nonzero two or three times in as many launches, and a segment of
 // rows per thread block keeps the scattered writes of a column next to each other.
+//
+// roofline transpose_csr layer3 fp32 d=0.05: 0.778 MB, 0 GFLOP, 0.259 us, 0.02
+// roofline transpose_csr conv4 fp32 d=0.05: 3.09 MB, 0 GFLOP, 1.03 us, 0.05
+// roofline transpose_csr linear4096 fp32 d=0.05: 21.9 MB, 0 GFLOP, 7.29 us, 0.35
 #pragma once
 
 #include "kernels.h"
