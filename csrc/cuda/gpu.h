@@ -67,7 +67,9 @@ cudaError_t launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared, c
                                                    cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared));
     if (error != cudaSuccess) return error;
   }
+  // clang-format off
   kernel<<<grid, block, shared, stream>>>(P(std::forward<A>(args))...);
+  // clang-format on
   return cudaGetLastError();
 }
 inline int device_attribute(cudaDeviceAttr attribute) {
@@ -113,12 +115,11 @@ __device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&r)[4], const void* 
 
 // d [16, 8] += a [16, 32 bytes] b [8, 32 bytes]^T in the fragment layouts of the PTX manual: m16n8k16 for 16-bit
 // elements, m16n8k8 for tf32 (float operands, rounded by to_tf32). Products accumulate in fp32.
-#define CMD_EXT_MMA(tag, instruction)                                                                               \
-  __device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], tag) {         \
-    asm volatile("mma.sync.aligned." instruction                                                                    \
-                 " {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"                                           \
-                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                                   \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));                               \
+#define CMD_EXT_MMA(tag, instruction)                                                                       \
+  __device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], tag) { \
+    asm volatile("mma.sync.aligned." instruction " {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"   \
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                           \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));                       \
   }
 CMD_EXT_MMA(bf16, "m16n8k16.row.col.f32.bf16.bf16.f32")
 CMD_EXT_MMA(half, "m16n8k16.row.col.f32.f16.f16.f32")
