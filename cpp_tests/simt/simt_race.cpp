@@ -392,8 +392,8 @@ void remove_global(void* p) { remove_region(reinterpret_cast<uintptr_t>(p)); }
 
 void mark_init(void* p, size_t bytes) {
   const uintptr_t begin = reinterpret_cast<uintptr_t>(p);
-  Region* region = bytes ? find_region(begin) : nullptr;
-  if (region) std::memset(&region->state[begin - region->begin], kInitialised, bytes);
+  Region* region = find_region(begin);
+  if (region) std::memset(&region->state[begin - region->begin], kInitialised, std::min(bytes, region->end - begin));
 }
 
 void begin_launch() {

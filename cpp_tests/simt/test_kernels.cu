@@ -139,19 +139,27 @@ cudaError_t last_block_sum(Fault fault, const float* x, int blocks, float* parti
   return gpu::launch(last_block_sum_kernel, dim3(blocks), dim3(256), 0, nullptr, fault, x, partial, ticket, out);
 }
 
-__global__ void __launch_bounds__(64)
-    histogram_kernel(Fault fault, const unsigned* __restrict__ x, int n, unsigned* counts) {
+__global__ void __launch_bounds__(64) histogram_kernel(Fault fault, const unsigned* __restrict__ x, int n,
+                                                       unsigned* counts, unsigned* ticket, unsigned* out) {
   __shared__ unsigned shared_counts[16];
+  __shared__ bool last;
   if (threadIdx.x < 16 && fault != Fault::kUninitialised) shared_counts[threadIdx.x] = 0;
   __syncthreads();
   for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < n; i += gridDim.x * blockDim.x)
     atomicAdd(&shared_counts[x[i] % 16], 1u);
   __syncthreads();
   if (threadIdx.x < 16) atomicAdd(&counts[threadIdx.x], shared_counts[threadIdx.x]);
+  if (threadIdx.x != 3 || fault != Fault::kMissingRelease) __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) last = atomicAdd(ticket, 1u) == gridDim.x - 1;
+  __syncthreads();
+  if (!last) return;
+  __threadfence();
+  if (threadIdx.x < 16) out[threadIdx.x] = counts[15 - threadIdx.x];
 }
 
-cudaError_t histogram(Fault fault, const unsigned* x, int n, unsigned* counts) {
-  return gpu::launch(histogram_kernel, dim3(3), dim3(64), 0, nullptr, fault, x, n, counts);
+cudaError_t histogram(Fault fault, const unsigned* x, int n, unsigned* counts, unsigned* ticket, unsigned* out) {
+  return gpu::launch(histogram_kernel, dim3(3), dim3(64), 0, nullptr, fault, x, n, counts, ticket, out);
 }
 
 __global__ void __launch_bounds__(32) reverse_warp_kernel(Fault fault, const float* x, float* y) {

@@ -38,8 +38,8 @@ cudaError_t block_sums(Fault fault, const float* x, int blocks, float* out);
 // *out = sum of x: the last block to finish adds the blocks' sums. `ticket` counts from zero.
 cudaError_t last_block_sum(Fault fault, const float* x, int blocks, float* partial, unsigned* ticket, float* out);
 
-// counts [16] of the low bits, through a shared histogram.
-cudaError_t histogram(Fault fault, const unsigned* x, int n, unsigned* counts);
+// counts [16] of the low bits, through shared histograms; the last block copies them to `out` in reverse order.
+cudaError_t histogram(Fault fault, const unsigned* x, int n, unsigned* counts, unsigned* ticket, unsigned* out);
 
 // y[i] = x[n - 1 - i] in a warp, through shared memory and __syncwarp.
 cudaError_t reverse_warp(Fault fault, const float* x, float* y);

@@ -97,9 +97,10 @@ bool last_block_sum(Fault fault) {
 
 bool histogram(Fault fault) {
   std::vector<unsigned> x, want(16);
-  for (unsigned i = 0; i < 500; ++i) x.push_back(i * i * 2654435761u >> 7), ++want[x.back() % 16];
-  const Device<unsigned> x_device(x), counts(std::vector<unsigned>(16, 0));
-  return simt_test::histogram(fault, x_device, int(x.size()), counts) == cudaSuccess && counts.host() == want;
+  for (unsigned i = 0; i < 500; ++i) x.push_back(i * i * 2654435761u >> 7), ++want[15 - x.back() % 16];
+  const Device<unsigned> x_device(x), counts(std::vector<unsigned>(16, 0)), ticket(std::vector<unsigned>{0}), out(16);
+  const cudaError_t error = simt_test::histogram(fault, x_device, int(x.size()), counts, ticket, out);
+  return error == cudaSuccess && out.host() == want;
 }
 
 bool reverse_warp(Fault fault) {
@@ -185,6 +186,7 @@ const Case kCases[] = {
     {"different masks", block_sums, Fault::kDifferentMasks, "SIMT warp-mismatch", "SIMT warp-mismatch",
      "SIMT warp-mismatch"},
     {"no fence before the ticket", last_block_sum, Fault::kMissingRelease, "", "", "SIMT race"},
+    {"one thread without a fence", histogram, Fault::kMissingRelease, "", "", "SIMT race"},
     {"no fence after the ticket", last_block_sum, Fault::kMissingAcquire, "", "", "SIMT race"},
     {"uninitialised histogram", histogram, Fault::kUninitialised, "wrong result", "wrong result", "SIMT uninit"},
     {"no syncwarp", reverse_warp, Fault::kMissingSyncwarp, "", "", "SIMT race"},
