@@ -25,7 +25,8 @@ void check_linear(int64_t batch, int64_t rows, int64_t cols, double density, boo
   std::vector<T> first;
   for (const auto& [split, parallel_for] : testing::splits()) {
     std::vector<T> y = before;
-    cmd_ext::cpu::sparse_linear(x.data(), batch, testing::csr_of(s), with_bias ? bias.data() : nullptr, y.data(), parallel_for);
+    cmd_ext::cpu::sparse_linear(x.data(), batch, testing::csr_of(s), with_bias ? bias.data() : nullptr, y.data(),
+                                parallel_for);
     if (first.empty()) first = y;
     CHECK(testing::close(y, want) && testing::same_bits(y, first), "sparse_linear float", 8 * sizeof(T), "batch", batch,
           rows, 'x', cols, "density", density, "bias", with_bias, split);
