@@ -102,13 +102,16 @@ def measure(build, short_names):
 
 
 def entries(ratios):
-    """The ledger's part, and sites that have no reason."""
+    """The ledger's part; sites that have no reason, and reasons that have no site."""
     part, faults = {}, []
     for key, ratio in ratios.items():
         reason = next((reason for pattern, reason in REASONS if re.search(pattern, key)), None)
         if not reason:
             faults.append(f"{key}: {ratio} times the ideal, for no reason in ledger_access.py")
         part[key] = {"ratio": ratio, "reason": reason}
+    for pattern, _ in REASONS:
+        if not any(re.search(pattern, key) for key in ratios):
+            faults.append(f"the reason for {pattern} is no access's")
     return part, faults
 
 
