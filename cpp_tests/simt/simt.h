@@ -21,7 +21,8 @@
 #include <type_traits>
 #include <utility>
 
-// NVIDIA's headers are plain C++ to a host compiler, except for the keywords. __constant__ is left out: see gpu.h.
+// NVIDIA's headers are plain C++ to a host compiler, except for the keywords. There is no __constant__: kernels have no
+// globals.
 #undef __global__
 #undef __device__
 #undef __host__

@@ -176,6 +176,20 @@ cudaError_t reverse_warp(Fault fault, const float* x, float* y) {
   return gpu::launch(reverse_warp_kernel, dim3(1), dim3(32), 0, nullptr, fault, x, y);
 }
 
+__global__ void __launch_bounds__(64) overwrite_kernel(Fault fault, const float* x, float* out) {
+  __shared__ float word;
+  if (threadIdx.x == 0) word = *x;
+  __syncthreads();
+  out[threadIdx.x] = word;
+  if (fault != Fault::kMissingBarrier) __syncthreads();
+  __syncwarp();
+  if (threadIdx.x == 40) word = 0;
+}
+
+cudaError_t overwrite(Fault fault, const float* x, float* out) {
+  return gpu::launch(overwrite_kernel, dim3(1), dim3(64), 0, nullptr, fault, x, out);
+}
+
 __global__ void __launch_bounds__(32) copy_vectors_kernel(const float* x, float* y, int vectors) {
   for (int i = threadIdx.x; i < vectors; i += 32) {
     float4 value = reinterpret_cast<const float4*>(x)[i];
@@ -322,6 +336,27 @@ __global__ void write_same_kernel(int* out) { *out = 1; }
 
 cudaError_t write_same(int* out, int blocks, int threads) {
   return gpu::launch(write_same_kernel, dim3(blocks), dim3(threads), 0, nullptr, out);
+}
+
+__global__ void arrival_kernel(unsigned* counter, unsigned* order) {
+  order[blockIdx.x * blockDim.x + threadIdx.x] = atomicAdd(counter, 1u);
+}
+
+cudaError_t arrival(unsigned* counter, unsigned* order, int blocks, int threads) {
+  return gpu::launch(arrival_kernel, dim3(blocks), dim3(threads), 0, nullptr, counter, order);
+}
+
+__global__ void leftovers_kernel(unsigned* values) {
+  GPU_DYNAMIC_SHARED(shared);
+  __shared__ unsigned static_word;
+  unsigned* dynamic_word = reinterpret_cast<unsigned*>(shared);
+  values[blockIdx.x * 2] = static_word;
+  values[blockIdx.x * 2 + 1] = *dynamic_word;
+  static_word = *dynamic_word = 1;
+}
+
+cudaError_t leftovers(unsigned* values, int blocks) {
+  return gpu::launch(leftovers_kernel, dim3(blocks), dim3(1), sizeof(unsigned), nullptr, values);
 }
 
 __global__ void empty_kernel() {}

@@ -44,6 +44,9 @@ cudaError_t histogram(Fault fault, const unsigned* x, int n, unsigned* counts, u
 // y[i] = x[n - 1 - i] in a warp, through shared memory and __syncwarp.
 cudaError_t reverse_warp(Fault fault, const float* x, float* y);
 
+// out[thread] of 64 threads = x[0], through a shared word that one thread of the second warp overwrites afterwards.
+cudaError_t overwrite(Fault fault, const float* x, float* out);
+
 // y = x, 16 bytes at a time.
 cudaError_t copy_vectors(Fault fault, const float* x, float* y, int vectors);
 
@@ -72,6 +75,12 @@ cudaError_t fragments_tf32(const float* a, const float* b, float* d);
 // Every thread of the grid writes out[0].
 cudaError_t write_same(int* out, int blocks, int threads);
 extern const int write_same_line;
+
+// order[thread of the grid] = how many threads came before.
+cudaError_t arrival(unsigned* counter, unsigned* order, int blocks, int threads);
+
+// values [blocks, 2]: what a block finds in a static and in a dynamic shared word, which it then writes.
+cudaError_t leftovers(unsigned* values, int blocks);
 
 // Nothing, with any configuration.
 cudaError_t empty(dim3 grid, dim3 block, size_t shared);

@@ -110,6 +110,11 @@ bool reverse_warp(Fault fault) {
          y.host() == std::vector<float>(x.rbegin(), x.rend());
 }
 
+bool overwrite(Fault fault) {
+  const Device<float> x(std::vector<float>{5}), out(64);
+  return simt_test::overwrite(fault, x, out) == cudaSuccess && out.host() == std::vector<float>(64, 5);
+}
+
 bool copy_vectors(Fault fault) {
   const std::vector<float> x = numbers(4 * 50);
   const Device<float> x_device(x), y(4 * 50);
@@ -190,6 +195,7 @@ const Case kCases[] = {
     {"no fence after the ticket", last_block_sum, Fault::kMissingAcquire, "", "", "SIMT race"},
     {"uninitialised histogram", histogram, Fault::kUninitialised, "wrong result", "wrong result", "SIMT uninit"},
     {"no syncwarp", reverse_warp, Fault::kMissingSyncwarp, "", "", "SIMT race"},
+    {"no barrier before a write", overwrite, Fault::kMissingBarrier, "", "", "SIMT race"},
     {"misaligned vectors", copy_vectors, Fault::kMisaligned, "", "runtime error: load of misaligned|misaligned address",
      "SIMT misaligned"},
     {"no barrier between copies of structs", move_records, Fault::kMissingBarrier, "", "", "SIMT race|SIMT uninit"},
@@ -272,6 +278,39 @@ void check_report() {
   CHECK(contains_one_of(two_blocks, "write by thread (0,0,0) of block ("), two_blocks);
   const std::string array = output_of([] { product(Fault::kSharedIndex); });
   CHECK(contains_one_of(array, "of the 1024 bytes of static shared memory `a_tile`"), array);
+}
+
+// Schedules and memory
+// -------------------------------------------------------------------------------------------------
+
+std::vector<unsigned> arrival(uint64_t seed, int blocks, int threads) {
+  simt::config.seed = seed;
+  const Device<unsigned> counter(std::vector<unsigned>{0}), order(blocks * threads);
+  CHECK(simt_test::arrival(counter, order, blocks, threads) == cudaSuccess, seed);
+  simt::config.seed = 0;
+  return order.host();
+}
+
+void check_schedules() {
+  std::vector<unsigned> in_order(64);
+  for (unsigned i = 0; i < 64; ++i) in_order[i] = i;
+  for (const auto& [blocks, threads] : {std::pair(1, 64), std::pair(64, 1)}) {
+    CHECK(arrival(0, blocks, threads) == in_order, blocks, threads);
+    CHECK(arrival(1, blocks, threads) != in_order, blocks, threads);
+    CHECK(arrival(1, blocks, threads) == arrival(1, blocks, threads), blocks, threads);
+    CHECK(arrival(1, blocks, threads) != arrival(2, blocks, threads), blocks, threads);
+  }
+  simt::config.preempt = 2;
+  CHECK(arrival(0, 1, 64) != in_order, "preempted");
+  simt::config.preempt = 0;
+}
+
+void check_poison() {
+  if (kRace) return;  // which reports the reads
+  const Device<unsigned> values(6);
+  CHECK(values.host() == std::vector<unsigned>(6, ~0u), "device memory");
+  CHECK(simt_test::leftovers(values, 3) == cudaSuccess, "shared memory");
+  CHECK(values.host() == std::vector<unsigned>(6, ~0u), "shared memory");
 }
 
 // Launches -----------------------------------------------------------------------------------------------------------
@@ -456,6 +495,8 @@ int main() {
   check_right_kernels();
   check_faults();
   check_report();
+  check_schedules();
+  check_poison();
   check_launch_limits();
   check_translated();
   check_operations();
