@@ -433,9 +433,13 @@ cudaError_t refuse(cudaError_t error, const char* message, size_t got, size_t li
   return error;
 }
 
-cudaError_t check_limits(dim3 grid, dim3 extent, size_t shared) {
+// Shared memory, static and dynamic, that any kernel may have, whatever a test sets as the limit.
+constexpr size_t kAlwaysShared = 48 << 10;
+
+// `shared` is what the launch asks for; of a translated kernel also its static part.
+cudaError_t check_limits(dim3 grid, dim3 extent, size_t shared, bool translated) {
   const size_t threads = size_t(extent.x) * extent.y * extent.z;
-  const size_t limit = size_t(config.max_shared_bytes);
+  const size_t limit = std::max(size_t(config.max_shared_bytes), translated ? kAlwaysShared : 0);
   if (threads == 0) return refuse(cudaErrorInvalidConfiguration, "no threads in a block", 0, 1024);
   if (threads > 1024 || extent.z > 64)
     return refuse(cudaErrorInvalidConfiguration, "threads of a block", threads, 1024);
@@ -453,14 +457,14 @@ cudaError_t run_grid(const Launch& launch) {
   grid_extent = {launch.grid.x, launch.grid.y, launch.grid.z};
   block_extent = {launch.block.x, launch.block.y, launch.block.z};
   block_index = {};
-  cudaError_t error = check_limits(launch.grid, launch.block, launch.shared_bytes);
+  cudaError_t error = check_limits(launch.grid, launch.block, launch.shared_bytes, !launch.function);
   if (error == cudaSuccess) {
     allocate_dynamic_shared(launch.shared_bytes);
     race::begin_launch();
     for (const uint32_t linear : block_order(size_t(launch.grid.x) * launch.grid.y * launch.grid.z)) {
       if (!run_block(linear)) error = cudaErrorLaunchFailure;
       const size_t shared = launch.shared_bytes + block.static_shared_bytes;
-      const size_t limit = std::max(size_t(config.max_shared_bytes), size_t(48) << 10);  // which any kernel may have
+      const size_t limit = std::max(size_t(config.max_shared_bytes), kAlwaysShared);
       if (shared > limit)
         error = refuse(cudaErrorInvalidValue, "static and dynamic bytes of shared memory", shared, limit);
       if (error != cudaSuccess) break;

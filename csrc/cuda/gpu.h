@@ -58,11 +58,14 @@ inline uint32_t to_tf32(uint32_t bits) { return simt::to_tf32(bits); }
 
 #else
 
+// Dynamic shared memory that needs no attribute: 48 KB less what a kernel may have as static arrays.
+constexpr size_t kWithoutOptIn = 16 << 10;
+
 // Launches with `shared` bytes of dynamic shared memory and returns the launch's error, if any. Never synchronises.
 template <class... P, class... A>
 cudaError_t launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared, cudaStream_t stream, A&&... args) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return cudaSuccess;
-  if (shared > 48 * 1024) {
+  if (shared > kWithoutOptIn) {
     const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                                    cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared));
     if (error != cudaSuccess) return error;
