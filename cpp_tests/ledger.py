@@ -260,9 +260,11 @@ def main():
     current, faults = compile_all(arguments.folder.glob("*.cu"))
     current["access"], sites = recorded.get("access", {}), 0
     if arguments.build:
-        ratios, sites = ledger_access.measure(arguments.build, short_names)
+        ratios, sites, launched = ledger_access.measure(arguments.build, short_names)
         current["access"], unreasoned = ledger_access.entries(ratios)
         faults += unreasoned
+        compiled = {re.split("[< ]", key)[0] for key in current["kernels"]}
+        faults += [f"{name}: not launched by cpp_tests/cuda/access.cpp" for name in sorted(compiled - launched)]
     if not arguments.check:
         LEDGER.write_text(dump(current))
     elif recorded["nvcc"] == current["nvcc"]:

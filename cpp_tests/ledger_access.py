@@ -22,12 +22,15 @@ PAIR = "four doubles are two instructions, the second of which finds its sectors
 # Kernel, space and kind, and source line: why the ratio may be above 1. The first that matches counts.
 REASONS = [
     (r"row_idx\[middle\]|col_idx\[middle\]|lower_bound", SEARCH),
+    (r"add_sparse_kernel", GATHER),
     (r"cholesky_inverse_kernel", "rows of a packed triangle: any length, begun at any bank"),
     (r"conv::channel_rows_kernel", GATHER),
     (r"conv::.* global load: cell\[u\]\.tile", PITCH),
     (r"conv::.* global load: (col\[r\]|const int end|if \(kWithValues)", ROWS),
     (r"conv::.* shared (load|store): (const int offset|entry\.offset|if \(kWithValues)", GATHER),
-    (r"conv::grad_values_tile_kernel global store", ROWS),
+    (r"conv::grad_values_tile_kernel global (load|store): to = pack", ROWS),
+    (r"conv::conv_direct_kernel global load: (const int col|entries)", ROWS),
+    (r"conv::conv_direct_kernel global load: row_at", "a tap shifts the pixels that the lanes read"),
     (r"reduce_splits_kernel global load", PITCH),
     (r"csr_transpose::\w+ (shared|global) (load|store): (const int )?(place|perm|row_idx)", GATHER),
     (r"csr_transpose::\w+ global", ROWS),
@@ -83,7 +86,7 @@ def source_text(location, cache={}):  # noqa: B006
 
 
 def measure(build, short_names):
-    """{site: ratio} of the sites above 1, the worst template instance of each, and the number of all sites."""
+    """{site: ratio} of the sites above 1, the worst template instance of each; the number of all sites; the kernels."""
     result = subprocess.run([str(build / "cuda_access")], capture_output=True, text=True)
     if result.returncode:
         sys.exit(f"cuda_access failed\n{result.stderr}")
@@ -98,7 +101,8 @@ def measure(build, short_names):
     for (name, space, kind, text), (got, ideal) in sums.items():
         key = f"{name.split('<')[0]} {space} {kind}: {text}"
         worst[key] = max(worst[key], got / ideal)
-    return {key: round(ratio, 2) for key, ratio in sorted(worst.items()) if ratio > PERFECT}, len(worst)
+    above = {key: round(ratio, 2) for key, ratio in sorted(worst.items()) if ratio > PERFECT}
+    return above, len(worst), {name.split("<")[0] for name in names.values()}
 
 
 def entries(ratios):

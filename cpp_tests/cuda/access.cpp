@@ -1,5 +1,7 @@
 // One launch of every kernel at a shape whose tiles are full and aligned, for counting coalescing and bank conflicts of
 // the translated kernels (cpp_tests/simt/simt_metrics.h). Prints ACCESS lines; results are not looked at.
+#include <utility>
+
 #include "testing_cuda.h"
 
 namespace {
@@ -52,6 +54,25 @@ void linear() {
   const Bytes workspace(cuda::sddmm_workspace_bytes<T>(rows, cols, s.host.nnz(), tokens));
   cuda::sddmm<T>(y, x, tokens, s.csr, sampled, workspace, nullptr);
   cuda::rebuild<T>(u, v, 32, 1, s.csr, w, nullptr);
+  if constexpr (sizeof(T) >= 4) {
+    const Buffer<T> sum(rows * cols);
+    cuda::add_sparse<T>(s.csr, sum, nullptr);
+  }
+}
+
+// Sums that are split, and what runs where a tile does not fit in shared memory.
+template <class T>
+void sddmm() {
+  const int64_t rows = 32, cols = 64, k = 2048;
+  const Sparse<T> s(rows, cols, 0.2);
+  const Buffer<T> a(rows * k), b(cols * k);
+  const Output<T> out(s.host.nnz());
+  for (int shared : {simt::config.max_shared_bytes, 48 << 10}) {
+    const int before = std::exchange(simt::config.max_shared_bytes, shared);
+    const Bytes workspace(cuda::sddmm_workspace_bytes<T>(rows, cols, s.host.nnz(), k));
+    cuda::sddmm<T>(a, b, k, s.csr, out, workspace, nullptr);
+    simt::config.max_shared_bytes = before;
+  }
 }
 
 template <class T>
@@ -61,7 +82,8 @@ void threshold() {
   const Output<T> values(nnz);
   const Output<int32_t> row_ptr(m + 1), col_idx(nnz);
   const Bytes workspace(cuda::topk_workspace_bytes(1, m, n));
-  cuda::topk_csr<T>(a, 1, m, n, nnz, values, row_ptr, col_idx, workspace, nullptr);
+  for (int64_t kept : {nnz, int64_t(0)})
+    cuda::topk_csr<T>(a, 1, m, n, kept, values, row_ptr, col_idx, workspace, nullptr);
   if constexpr (sizeof(T) >= 4) {
     const Buffer<T> u(m * 32), v(32 * n);
     const Output<T> residual(m * n);
@@ -70,11 +92,11 @@ void threshold() {
 }
 
 template <class T>
-void conv2d() {
-  const cuda::ConvShape shape{4, 1, 8, 16, 16, 32, 16, 16, 3, 3, 1, 1, 1, 1, 1, 1};
-  const Sparse<T> s(32, 8 * 9, 0.2);
-  const Buffer<T> x(4 * 8 * 256), y(4 * 32 * 256);
-  const Output<T> out(4 * 32 * 256), values(s.host.nnz());
+void conv2d(int64_t outs, double density) {
+  const cuda::ConvShape shape{4, 1, 8, 16, 16, outs, 16, 16, 3, 3, 1, 1, 1, 1, 1, 1};
+  const Sparse<T> s(outs, 8 * 9, density);
+  const Buffer<T> x(4 * 8 * 256), y(4 * outs * 256);
+  const Output<T> out(4 * outs * 256), values(s.host.nnz());
   cuda::sparse_conv2d<T>(x, s.csr, nullptr, 0, out, shape, nullptr);
   const Bytes reordered(cuda::sparse_conv2d_grad_input_workspace_bytes<T>(s.host.nnz()));
   cuda::sparse_conv2d_grad_input<T>(y, s.csr, s.col_ptr, s.row_idx, s.perm, 0, out, shape, reordered, nullptr);
@@ -114,8 +136,12 @@ void svd() {
   cuda::normalize_columns<T>(y, 1, m, s, 1e-7, normalized, nullptr);
   cuda::cholesky_inverse(gram_device, 1, s, 1e-9, r_inverse, nullptr);
   const Output<T> h(r * s), sigma(r), z(r * s);
-  const Bytes workspace(cuda::jacobi_svd_workspace_bytes<T>(1, s));
-  cuda::jacobi_svd<T>(gram_device, 1, s, r, h, sigma, z, workspace, nullptr);
+  for (int shared : {simt::config.max_shared_bytes, 8 << 10}) {  // staged in shared memory and not
+    const int before = std::exchange(simt::config.max_shared_bytes, shared);
+    const Bytes workspace(cuda::jacobi_svd_workspace_bytes<T>(1, s));
+    cuda::jacobi_svd<T>(gram_device, 1, s, r, h, sigma, z, workspace, nullptr);
+    simt::config.max_shared_bytes = before;
+  }
   cuda::fix_signs<T>(u, vh, 1, m, r, n, nullptr);
 }
 
@@ -131,7 +157,11 @@ int main() {
   for_types<float, double, half, bf16>([](auto t) {
     linear<decltype(t)>();
     threshold<decltype(t)>();
-    conv2d<decltype(t)>();
+    sddmm<decltype(t)>();
+    for (double density : {0.2, 0.01}) conv2d<decltype(t)>(32, density);  // tiled and direct
+    const int before = std::exchange(simt::config.multiprocessors, 1);
+    conv2d<decltype(t)>(64, 0.2);  // more rows a warp
+    simt::config.multiprocessors = before;
   });
   for_types<float, half, bf16>([](auto t) { gemm<decltype(t)>(); });
   for_types<float, double>([](auto t) { svd<decltype(t)>(); });
