@@ -63,6 +63,31 @@ PROMISES = [
     (r"conv::(conv|grad_values)_tile_kernel<", ("LDS.128",), 96 << 10),
     (r"cholesky_inverse_kernel", (), 66 << 10),
 ]
+# Registers a thread that a kernel's design counted on before it was written (most over the architectures), and why a
+# kernel may exceed them by more than a tenth. The first pattern that matches counts.
+IN_FLIGHT = "16 bytes of several loads are in flight; 32 warps an SM hide the latency of memory four times over"
+PLANNED = [
+    (r"gemm_kernel<", 128, ""),
+    (r"gemm_onepass_kernel<.*sm_1", 156, "the sums alone allow one block an SM, which may have 255"),
+    (r"gemm_onepass_kernel<", 183, ""),
+    (r"threshold::residual_histogram_kernel<double>", 80, "each sum is two registers; two blocks an SM, not three"),
+    (r"threshold::residual_histogram_kernel<", 80, ""),
+    (r"threshold::(digit_histogram|compact)_kernel<", 40, IN_FLIGHT),
+    (r"threshold::count_kernel<", 18, IN_FLIGHT),
+    (r"threshold::pick_digit_kernel", 24, "one block a matrix: nothing shares the SM with it"),
+    (r"jacobi_rotate<", 55, "two rows stay in registers between product and rotation; 1024 threads may have 64"),
+    (r"cholesky_inverse_kernel", 96, ""),
+    (r"spmm_kernel<", 62, "8 x 4 sums a thread over a staged tile of x, which the planned kernel read from memory"),
+    (r"spmm_few_kernel<.*, 16>", 62, "16 sums a thread"),
+    (r"spmm_few_kernel<", 62, ""),
+    (r"sddmm_tile_kernel<", 83, "shared memory for one block of 512 threads, whose registers may be 128"),
+    (r"conv::\w+_tile_kernel<", 128, ""),  # two blocks an SM; their shared memory sets the same limit
+    (r"conv::\w+_direct_kernel<double>", 83, "each sum is two registers"),
+    (r"conv::\w+_direct_kernel<", 83, ""),
+    (r"csr_transpose::scan_table_kernel", 64, "a few blocks for the whole pattern"),
+    (r"rebuild_kernel<", 64, "64 x 64 tile of U V, so that W is written once; three blocks an SM"),
+    (r".*", 64, ""),  # streams
+]
 # Kernels that are launched only where their shared memory fits; others take over elsewhere.
 OPTIONAL = r"sddmm_tile_kernel<"
 
@@ -124,6 +149,13 @@ def promised(name):
     """Instructions and dynamic shared bytes of the patterns that match a kernel's name."""
     matching = [(needs, dynamic) for pattern, needs, dynamic in PROMISES if re.match(pattern, name)]
     return {need for needs, _ in matching for need in needs}, max((dynamic for _, dynamic in matching), default=0)
+
+
+def beyond_plan(key, registers):
+    """What is wrong with the registers of a kernel whose plan gives no reason for them."""
+    pattern, planned, reason = next(plan for plan in PLANNED if re.match(plan[0], key))
+    excess = registers > 1.1 * planned and not reason
+    return [f"{key}: {registers} registers, planned {planned} (PLANNED, {pattern})"] if excess else []
 
 
 def block_sizes(ptx):
@@ -197,6 +229,7 @@ def compile_kernels(source, arch, folder, tools):
         faults += [f"{key}: local memory: {', '.join(local)}"] if local else []
         faults += [f"{key}: float atomics: {', '.join(sorted(set(float_atomics)))}"] if float_atomics else []
         faults += [f"{key}: promises {need}, has none" for need in sorted(needs) if need not in entry]
+        faults += beyond_plan(key, entry["registers"])
         if not entry["block"]:
             faults.append(f"{key}: no launch bounds")
             entry["block"] = 1024

@@ -142,8 +142,10 @@ MUTANTS = [
 COMMON = ["g++", "-std=c++17", "-DCMD_EXT_SIMT", "-Wno-unknown-pragmas", "-Wno-psabi", "-w", "-ffp-contract=off"]
 MODES = {
     "fast": (["-O1"], []),
-    "race": (["-O1", "-g", "-DSIMT_CHECK", "-DSIMT_RACE"],
-             ["-fsanitize=thread", "--param", "tsan-distinguish-volatile=0"]),
+    "race": (["-O1", "-g", "-DSIMT_RACE"],
+             ["-fsanitize=thread,alignment", "-fsanitize-recover=alignment", "--param=tsan-distinguish-volatile=0",
+              "--param=tsan-instrument-func-entry-exit=0", "-fno-builtin-memcpy", "-fno-builtin-memmove",
+              "-fno-builtin-memset"]),
 }  # fmt: skip
 
 

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import op_bounds
 import pytest
 import torch
 
@@ -29,16 +30,19 @@ def _seed() -> None:
 
 
 @pytest.fixture(params=["cpu", "cuda", "simt"])
-def device(request: pytest.FixtureRequest) -> Iterator[str]:
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Runs the test on this device: "cuda" by making it the default, "simt" by replacing the CPU kernels.
 
     "simt" wants the library that `make simt` builds, named by CMD_EXT_SIMT_LIBRARY.
     """
+    monkeypatch.setattr(op_bounds, "branches_are_rounded", request.param != "cpu")
     if request.param == "cpu":
         yield request.param
     elif request.param == "cuda":
         if not (torch.cuda.is_available() and torch._C._dispatch_has_kernel_for_dispatch_key(PROBE, "CUDA")):
             pytest.skip("no GPU, or a build without CUDA kernels")
+        for part in (torch.backends.cuda.matmul, torch.backends.cudnn.conv):
+            monkeypatch.setattr(part, "fp32_precision", "ieee")
         with torch.device("cuda"):
             yield request.param
     else:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import pytest
-import test_ops
 import torch
-from test_ops import F32, HALVES, LAST, check_gradients, check_value, layer, random
+from op_bounds import F32, HALVES, apply, check_gradients, check_value, layer, random
 
-TYPES = (*HALVES, F32)
+from cmd_ext import ops, ref
+
+LAST = torch.channels_last
 # x sizes, m, kernel, stride, padding, dilation, groups, rank, density: chunks of 16 bytes everywhere but in the rank.
 CONV = {
     "3x3": ((2, 16, 7, 6), 24, (3, 3), (1, 1), (1, 1), (1, 1), 1, 5, 0.2),
@@ -23,7 +24,6 @@ CONV = {
 def _on(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if device == "cpu":
         pytest.skip("a path of the CUDA kernels")
-    monkeypatch.setattr(test_ops, "ROUNDS_BRANCHES", True)
     monkeypatch.setenv("CMD_EXT_CUDA_PATH", "mma")
 
 
@@ -66,9 +66,9 @@ def test_linear(batch, m, n, rank, nnz, dtype):
 def test_tf32(case):
     x, u, v, values, pattern, *rest = conv_args(case, F32)
     args = x, u, v, values, pattern, *rest
-    got = test_ops.ops.lrs_conv2d(*args)
-    want = test_ops.ref.lrs_conv2d(*test_ops.apply(torch.Tensor.double, args))
-    magnitude = test_ops.ref.lrs_conv2d(*test_ops.apply(lambda a: a.double().abs(), args))
+    got = ops.lrs_conv2d(*args)
+    want = ref.lrs_conv2d(*apply(torch.Tensor.double, args))
+    magnitude = ref.lrs_conv2d(*apply(lambda a: a.double().abs(), args))
     # Every operand (Z too) is off by at most half a unit of 10 bits.
     assert ((got.double() - want).abs() <= 2.5 * 2.0**-11 * magnitude).all()
     exact = (got.double() - want).abs().max() <= 1e-6 * magnitude.max()

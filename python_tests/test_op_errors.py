@@ -7,7 +7,8 @@ import re
 
 import pytest
 import torch
-from test_ops import F32, F64, RAW, apply, public_args, random, sample
+from op_bounds import F32, F64, apply, random
+from test_ops import RAW, public_args, sample
 from torch import Tensor
 
 from cmd_ext import ops

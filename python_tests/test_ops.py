@@ -10,94 +10,17 @@ import itertools
 
 import pytest
 import torch
+from op_bounds import DTYPES, F32, F64, apply, check_gradients, check_value, fixed, is_float, layer, random
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
 from cmd_ext import ops, ref
 from cmd_ext.ops import Pattern
 
-F32, F64, HALVES = torch.float32, torch.float64, (torch.bfloat16, torch.float16)
-DTYPES = (F64, F32, *HALVES)
 RAW = torch.ops.cmd_ext
 LAST = torch.channels_last
 
-ROUNDS_BRANCHES = (
-    False  # whether 16-bit types round the branches of a layer too: the CUDA path multiplies them natively
-)
-
-
-@pytest.fixture(autouse=True)
-def _on(device: str) -> None:
-    global ROUNDS_BRANCHES
-    ROUNDS_BRANCHES = device != "cpu"
-
-
-def random(*size: int, dtype: torch.dtype = F64) -> Tensor:
-    return torch.randn(size, dtype=F64).to(dtype)
-
-
-def layer(m: int, n: int, rank: int, nnz: int, groups: int = 1, dtype: torch.dtype = F64):
-    """u, v, values and pattern of a random layer."""
-    values, row_ptr, col_idx = ref.topk_csr(random(m, n), nnz)
-    pattern = Pattern.from_csr(row_ptr, col_idx, n, groups)
-    return random(m, rank, dtype=dtype), random(groups * rank, n, dtype=dtype), values.to(dtype), pattern
-
-
-def is_float(value) -> bool:
-    return isinstance(value, Tensor) and value.is_floating_point()
-
-
-def apply(change, args) -> list:
-    """The arguments with `change` applied to the floating tensors."""
-    return [change(a) if is_float(a) else a for a in args]
-
-
-def accumulator_eps(dtype: torch.dtype) -> float:
-    return torch.finfo(F64 if dtype == F64 else F32).eps
-
-
-def check_value(name: str, *args, terms: int) -> Tensor:
-    """The op is within one rounding to its dtype, and `terms` roundings of its accumulator, of the exact result.
-
-    The second part is relative to the sum of the magnitudes; an accumulator of 16 bits would exceed it many times.
-    Where the branches are rounded, x V^T and its product with U^T add half a unit of it each.
-    """
-    got, reference = getattr(ops, name)(*args), getattr(ref, name)
-    want = reference(*apply(Tensor.double, args))
-    magnitude = reference(*apply(lambda a: a.double().abs(), args))
-    info = torch.finfo(got.dtype)
-    bound = 0.51 * info.eps * want.abs() + 2 * terms * accumulator_eps(got.dtype) * magnitude + info.tiny * info.eps
-    if ROUNDS_BRANCHES and got.dtype in HALVES:
-        bound = bound + 1.01 * info.eps * magnitude
-    assert got.shape == want.shape
-    assert got.dtype == args[0].dtype
-    excess = (got.double() - want).abs() - bound
-    assert (excess <= 0).all(), f"{name}: error exceeds the bound by {excess.max().item()}"
-    return got
-
-
-def gradients(function, args, change=Tensor.clone) -> list[Tensor]:
-    """Gradients for all floating arguments after `change`, for a fixed gradient of the output."""
-    leaves = apply(lambda a: change(a).detach().requires_grad_(), args)
-    y = function(*leaves)
-    grad = torch.randn(y.shape, dtype=F64, generator=torch.Generator().manual_seed(1)).to(args[0].dtype)
-    return torch.autograd.grad(y, [a for a in leaves if is_float(a)], change(grad))
-
-
-def check_gradients(name: str, *args, terms: int) -> None:
-    """Gradients within a few roundings of the exact ones, relative to the root of the sum of the squared products.
-
-    A gradient for a factor rounds its inner product too, so that one rounding of the result is no bound; where the
-    branches are rounded there are twice as many.
-    """
-    got = gradients(getattr(ops, name), args)
-    want = gradients(getattr(ref, name), args, Tensor.double)
-    spread = gradients(getattr(ref, name), args, lambda a: a.double().square())
-    for a, b, c in zip(got, want, spread, strict=True):
-        info = torch.finfo(a.dtype)
-        roundings = 8 if ROUNDS_BRANCHES and a.dtype in HALVES else 4
-        bound = (roundings * info.eps + terms * accumulator_eps(a.dtype)) * c.sqrt() + info.tiny * info.eps
-        assert ((a.double() - b).abs() <= bound).all(), f"{name}: a gradient of {[*a.shape]}"
+pytestmark = pytest.mark.usefixtures("device")
 
 
 def assert_all_close(got, want, **tolerance) -> None:
@@ -360,7 +283,7 @@ def test_truncated_svd_starts():
     warm = ops.truncated_svd(a, 4, n_iter=0, basis=exact[2].T)
     for got, want in zip(warm, exact, strict=True):
         torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
-    one, same = (ops.truncated_svd(a, 4, generator=torch.Generator().manual_seed(5)) for _ in range(2))
+    one, same = (ops.truncated_svd(a, 4, generator=torch.Generator(a.device).manual_seed(5)) for _ in range(2))
     assert all(map(torch.equal, one, same))
     assert [t.shape for t in ops.truncated_svd(a.expand(0, -1, -1), 4)] == [(0, 30, 4), (0, 4), (0, 4, 20)]
 
@@ -459,8 +382,7 @@ def results(op, args) -> list[Tensor]:
     """The outputs of a call and, for every argument that requires one, the gradient of a fixed weighted sum of them."""
     out = op(*args)
     out = [out] if isinstance(out, Tensor) else list(out)
-    generator = torch.Generator().manual_seed(1)
-    total = sum((o * torch.randn(o.shape, generator=generator, dtype=F64)).sum() for o in out if o.requires_grad)
+    total = sum((o * fixed(o.shape)).sum() for o in out if o.requires_grad)
     return [*out, *torch.autograd.grad(total, [a for a in args if is_float(a) and a.requires_grad])]
 
 
@@ -618,7 +540,7 @@ def test_compile_under_autocast():
     torch._dynamo.reset()
     net, x = Net(), random(3, 3, 8, 8, dtype=F32)
     compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(torch.get_default_device().type, torch.bfloat16):
         got, want = compiled(x), net(x)
     assert got.dtype == torch.bfloat16
     assert torch.equal(got, want)
@@ -640,7 +562,7 @@ def public_args(name: str, dtype: torch.dtype) -> list:
 @pytest.mark.parametrize("name", ["lrs_linear", "lrs_conv2d"])
 def test_autocast_casts_like_the_layers_of_torch(name):
     op, args = getattr(ops, name), apply(Tensor.requires_grad_, public_args(name, F32))
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(torch.get_default_device().type, torch.bfloat16):
         y = op(*args)
         assert op(*public_args(name, F64)).dtype == F64
     assert torch.equal(y, op(*apply(Tensor.bfloat16, args)))
@@ -651,7 +573,7 @@ def test_autocast_casts_like_the_layers_of_torch(name):
 @every_op
 def test_autocast_leaves_the_inside_of_an_op_alone(name):
     args = apply(lambda a: a.detach().to(F32), sample(name))
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(torch.get_default_device().type, torch.bfloat16):
         got = outputs(name, args)
     assert all(map(torch.equal, got, outputs(name, args)))
 

@@ -8,7 +8,8 @@ import sys
 
 import pytest
 import torch
-from test_ops import F32, OPS, layer, outputs, random
+from op_bounds import F32, layer, random
+from test_ops import OPS, outputs
 
 from cmd_ext import _C
 
