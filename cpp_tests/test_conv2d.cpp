@@ -1,4 +1,4 @@
-// The sparse convolution and its two gradients against seven nested loops, in several memory layouts.
+// The convolution with U V + S and its gradients against nested loops, in several memory layouts.
 #include <array>
 
 #include "testing_cpu.h"
@@ -44,6 +44,7 @@ struct Case {
   std::array<int64_t, 2> kernel, stride, pad, dilation;
   int64_t groups;
   double density;
+  int64_t rank = 0;
 
   int64_t group_channels() const { return channels / groups; }
   int64_t columns() const { return group_channels() * kernel[0] * kernel[1]; }
@@ -61,10 +62,10 @@ std::ostream& operator<<(std::ostream& out, const Case& c) {
   const std::pair<const char*, const std::array<int64_t, 2>&> pairs[] = {
       {" kernel ", c.kernel}, {" stride ", c.stride}, {" pad ", c.pad}, {" dilation ", c.dilation}};
   for (const auto& [name, pair] : pairs) out << name << pair[0] << ',' << pair[1];
-  return out << " groups " << c.groups << " density " << c.density;
+  return out << " groups " << c.groups << " density " << c.density << " rank " << c.rank;
 }
 
-// Calls visit(nonzero, b, out_channel, out_h, out_w, in_channel, h, w) for every product of the convolution.
+// Calls visit(nonzero, b, out_channel, out_h, out_w, in_channel, h, w) for every product of a convolution with s.
 template <class T, class Visit>
 void for_each_product(const Case& c, const RandomCsr<T>& s, const Visit& visit) {
   const int64_t taps = c.kernel[0] * c.kernel[1], group_rows = c.out_channels / c.groups;
@@ -118,37 +119,67 @@ void check_kernel(const char* kernel, const Case& c, Layout layout, const std::v
   }
 }
 
+// Where nothing is to be written, both start and end with the values of `old`.
 template <class T>
-std::vector<Sum> sums_from(const std::vector<T>& before) {
-  std::vector<Sum> sums(before.size());
-  for (size_t i = 0; i < before.size(); ++i) sums[i].add(before[i]);
-  return sums;
+void keep_gaps(const std::vector<char>& written, const std::vector<T>& old, std::vector<T>& before,
+               std::vector<Sum>& want) {
+  for (size_t i = 0; i < written.size(); ++i)
+    if (!written[i]) before[i] = old[i], want[i].add(old[i]);
 }
 
 template <class T>
 void check_case(const Case& c, Layout layout) {
-  const RandomCsr<T> s(c.out_channels, c.columns(), c.density);
+  const RandomCsr<T> s(c.out_channels, c.columns(), c.density), all(c.out_channels, c.columns(), 1);
   const Transposed<T> st(s, c.groups);
   const Strided in(layout, c.batch, c.channels, c.height, c.width);
   const Strided out(layout, c.batch, c.out_channels, c.out(0), c.out(1));
   const auto x = testing::random_vector<T>(in.size()), dy = testing::random_vector<T>(out.size());
+  const auto u = testing::random_vector<T>(c.out_channels * c.rank), bias = testing::random_vector<T>(c.out_channels);
+  const auto v = testing::random_vector<T>(c.groups * c.rank * c.columns());
 
-  // The gaps of a spaced layout are compared too: they must keep their values.
-  auto want_y = sums_from(dy), want_dx = sums_from(x);
-  std::vector<Sum> want_dvalues(s.nnz());
+  // The gaps of a spaced layout are compared too: they must keep their values, all others are overwritten.
+  auto before_y = testing::poison<T>(out.size()), before_dx = testing::poison<T>(in.size());
+  std::vector<Sum> want_y(out.size()), want_dx(in.size()), want_dvalues(s.nnz());
+  std::vector<char> written_y(out.size()), written_dx(in.size());
+  for (int64_t b = 0; b < c.batch; ++b) {
+    for (int64_t i = 0; i < c.out_channels; ++i)
+      for (int64_t h = 0; h < c.out(0); ++h)
+        for (int64_t w = 0; w < c.out(1); ++w) {
+          want_y[out.at(b, i, h, w)].add(bias[i]);
+          written_y[out.at(b, i, h, w)] = 1;
+        }
+    for (int64_t j = 0; j < c.channels; ++j)
+      for (int64_t h = 0; h < c.height; ++h)
+        for (int64_t w = 0; w < c.width; ++w) written_dx[in.at(b, j, h, w)] = 1;
+  }
+  keep_gaps(written_y, dy, before_y, want_y);
+  keep_gaps(written_dx, x, before_dx, want_dx);
   for_each_product(c, s, [&](int64_t k, int64_t b, int64_t i, int64_t oh, int64_t ow, int64_t j, int64_t h, int64_t w) {
     const long double value = s.values[k], input = x[in.at(b, j, h, w)], grad = dy[out.at(b, i, oh, ow)];
     want_y[out.at(b, i, oh, ow)].add(value * input);
     want_dx[in.at(b, j, h, w)].add(value * grad);
     want_dvalues[k].add(grad * input);
   });
+  if (c.rank > 0)
+    for_each_product(
+        c, all, [&](int64_t k, int64_t b, int64_t i, int64_t oh, int64_t ow, int64_t j, int64_t h, int64_t w) {
+          const int64_t column = k % c.columns(), group = i / (c.out_channels / c.groups);
+          const long double input = x[in.at(b, j, h, w)], grad = dy[out.at(b, i, oh, ow)];
+          for (int64_t q = 0; q < c.rank; ++q) {
+            const long double value = (long double)u[i * c.rank + q] * v[(group * c.rank + q) * c.columns() + column];
+            want_y[out.at(b, i, oh, ow)].add(value * input);
+            want_dx[in.at(b, j, h, w)].add(value * grad);
+          }
+        });
 
   const Image<const T> x_image = in.image(x.data()), dy_image = out.image(dy.data());
-  check_kernel<T>("sparse_conv2d", c, layout, dy, want_y, [&](T* y, const auto& parallel_for) {
-    cmd_ext::cpu::sparse_conv2d(x_image, testing::csr_of(s), out.image(y), c.shape(), parallel_for);
+  check_kernel<T>("lrs_conv2d", c, layout, before_y, want_y, [&](T* y, const auto& parallel_for) {
+    cmd_ext::cpu::lrs_conv2d(x_image, {testing::csr_of(s), u.data(), v.data(), c.rank}, bias.data(), out.image(y),
+                             c.shape(), parallel_for);
   });
-  check_kernel<T>("sparse_conv2d_grad_input", c, layout, x, want_dx, [&](T* dx, const auto& parallel_for) {
-    cmd_ext::cpu::sparse_conv2d_grad_input(dy_image, st.csr(), in.image(dx), c.shape(), parallel_for);
+  check_kernel<T>("lrs_conv2d_grad_input", c, layout, before_dx, want_dx, [&](T* dx, const auto& parallel_for) {
+    cmd_ext::cpu::lrs_conv2d_grad_input(dy_image, {st.csr(), u.data(), v.data(), c.rank}, in.image(dx), c.shape(),
+                                        parallel_for);
   });
   check_kernel<T>("sparse_conv2d_grad_values", c, layout, testing::poison<T>(s.nnz()), want_dvalues,
                   [&](T* dvalues, const auto& parallel_for) {
@@ -158,35 +189,37 @@ void check_case(const Case& c, Layout layout) {
 }
 
 const Case kCases[] = {
-    // batch, channels, height, width, m, kernel, stride, pad, dilation, groups, density
-    {2, 6, 1, 1, 5, {1, 1}, {1, 1}, {0, 0}, {1, 1}, 1, 0.5},     // a linear layer
-    {1, 1, 1, 1, 1, {3, 3}, {1, 1}, {1, 1}, {1, 1}, 1, 1},       // one pixel, one channel
-    {33, 8, 4, 4, 20, {3, 3}, {1, 1}, {1, 1}, {1, 1}, 1, 0.3},   // many small images in a step
-    {3, 8, 7, 7, 17, {3, 3}, {1, 1}, {1, 1}, {1, 1}, 1, 0.2},    // two row blocks
-    {2, 4, 13, 11, 6, {1, 1}, {1, 1}, {0, 0}, {1, 1}, 1, 1},     // pointwise
-    {2, 4, 9, 12, 6, {1, 1}, {2, 3}, {0, 0}, {1, 1}, 1, 1},      // stride > kernel, some pixels unread
-    {2, 4, 12, 9, 6, {2, 2}, {3, 4}, {1, 2}, {1, 1}, 2, 0.7},    // the same with padding and groups
-    {2, 6, 57, 33, 6, {3, 2}, {2, 1}, {1, 0}, {2, 1}, 2, 0.4},   // asymmetric everything
-    {1, 6, 15, 14, 12, {5, 5}, {1, 2}, {2, 2}, {1, 1}, 6, 0.5},  // depthwise
-    {2, 3, 5, 17, 4, {1, 7}, {1, 1}, {0, 3}, {1, 1}, 1, 0.5},    // row kernel
-    {2, 3, 17, 5, 4, {7, 1}, {2, 1}, {3, 0}, {1, 1}, 1, 0.5},    // column kernel
-    {2, 3, 2, 2, 4, {5, 5}, {1, 1}, {2, 2}, {1, 1}, 1, 0.5},     // kernel larger than the image
-    {2, 3, 6, 7, 4, {3, 3}, {2, 2}, {4, 5}, {3, 2}, 1, 0.5},     // padding beyond the kernel's reach
-    {2, 3, 8, 9, 4, {3, 3}, {3, 2}, {1, 1}, {2, 3}, 1, 0.5},     // stride and dilation without a common factor
-    {0, 4, 6, 6, 4, {3, 3}, {1, 1}, {1, 1}, {1, 1}, 1, 0.5},     // no images
-    {2, 4, 6, 6, 4, {3, 3}, {1, 1}, {1, 1}, {1, 1}, 1, 0},       // no nonzeros
-    // More than a step's 1 MB of packed planes: a last step with fewer images, strips of rows, the smallest strip.
-    {20, 64, 14, 14, 5, {3, 3}, {1, 1}, {1, 1}, {1, 1}, 1, 0.02},
-    {2, 64, 81, 80, 5, {3, 3}, {1, 1}, {1, 1}, {1, 1}, 1, 0.02},
-    {1, 64, 83, 90, 4, {3, 3}, {2, 2}, {1, 0}, {2, 1}, 2, 0.03},
-    {1, 400, 11, 170, 3, {5, 1}, {1, 1}, {2, 0}, {1, 1}, 1, 0.01},
+    // batch, channels, height, width, m, kernel, stride, pad, dilation, groups, density, rank
+    {2, 6, 1, 1, 5, {1, 1}, {1, 1}, {0, 0}, {1, 1}, 1, 0.5, 2},        // a linear layer
+    {1, 1, 1, 1, 1, {3, 3}, {1, 1}, {1, 1}, {1, 1}, 1, 1, 1},          // one pixel, one channel
+    {33, 8, 4, 4, 20, {3, 3}, {1, 1}, {1, 1}, {1, 1}, 1, 0.3, 5},      // lanes are images, the last item has one
+    {3, 8, 7, 7, 17, {3, 3}, {1, 1}, {1, 1}, {1, 1}, 1, 0.2, 3},       // lanes of two kinds
+    {2, 4, 13, 11, 6, {1, 1}, {1, 1}, {0, 0}, {1, 1}, 1, 1, 4},        // pointwise
+    {2, 4, 9, 12, 6, {1, 1}, {2, 3}, {0, 0}, {1, 1}, 1, 1, 2},         // stride > kernel, some pixels unread
+    {2, 4, 12, 9, 6, {2, 2}, {3, 4}, {1, 2}, {1, 1}, 2, 0.7, 1},       // the same with padding and groups
+    {2, 6, 57, 33, 6, {3, 2}, {2, 1}, {1, 0}, {2, 1}, 2, 0.4, 2},      // asymmetric everything
+    {1, 6, 15, 14, 12, {5, 5}, {1, 2}, {2, 2}, {1, 1}, 6, 0.5, 1},     // depthwise
+    {2, 3, 5, 17, 4, {1, 7}, {1, 1}, {0, 3}, {1, 1}, 1, 0.5, 2},       // row kernel
+    {2, 3, 17, 5, 4, {7, 1}, {2, 1}, {3, 0}, {1, 1}, 1, 0.5, 2},       // column kernel
+    {2, 3, 2, 2, 4, {5, 5}, {1, 1}, {2, 2}, {1, 1}, 1, 0.5, 2},        // kernel larger than the image
+    {2, 3, 6, 7, 4, {3, 3}, {2, 2}, {4, 5}, {3, 2}, 1, 0.5, 1},        // padding beyond the kernel's reach
+    {2, 3, 8, 9, 4, {3, 3}, {3, 2}, {1, 1}, {2, 3}, 1, 0.5, 1},        // stride and dilation without a common factor
+    {0, 4, 6, 6, 4, {3, 3}, {1, 1}, {1, 1}, {1, 1}, 1, 0.5, 1},        // no images
+    {2, 4, 6, 6, 4, {3, 3}, {1, 1}, {1, 1}, {1, 1}, 1, 0, 0},          // no nonzeros, no rank
+    {2, 4, 6, 6, 4, {3, 3}, {1, 1}, {1, 1}, {1, 1}, 1, 0, 3},          // no nonzeros
+    {20, 64, 14, 14, 5, {3, 3}, {1, 1}, {1, 1}, {1, 1}, 1, 0.02, 0},   // several channel blocks
+    {2, 64, 41, 40, 5, {3, 3}, {1, 1}, {1, 1}, {1, 1}, 1, 0.02, 2},    // many items
+    {1, 64, 43, 50, 4, {3, 3}, {2, 2}, {1, 0}, {2, 1}, 2, 0.03, 1},    // many items of a strided layer
+    {1, 200, 11, 70, 19, {5, 1}, {1, 1}, {2, 0}, {1, 1}, 1, 0.01, 9},  // few items, rows dealt to threads
+    {1, 72, 7, 7, 80, {3, 3}, {1, 1}, {1, 1}, {1, 1}, 2, 0.05, 8},     // the same with groups
 };
 
 // Small random geometries: any kernel, stride, padding and dilation whose kernel fits into the padded image.
 Case random_case() {
   const auto draw = [](int64_t low, int64_t high) { return low + int64_t(testing::engine()() % (high - low + 1)); };
   const int64_t groups = draw(1, 3);
-  Case c{draw(1, 9), groups * draw(1, 3), draw(1, 12), draw(1, 12), groups * draw(1, 3), {}, {}, {}, {}, groups, 0.5};
+  Case c{draw(1, 9), groups * draw(1, 3), draw(1, 12), draw(1, 12), groups * draw(1, 3), {}, {}, {}, {}, groups,
+         0.5,        draw(0, 3)};
   for (int axis = 0; axis < 2; ++axis) {
     c.kernel[axis] = draw(1, 4);
     c.stride[axis] = draw(1, 4);

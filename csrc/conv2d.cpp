@@ -1,5 +1,5 @@
-// Entry points of lrs_conv2d and its gradients. The low-rank branch (V as a kernel_size convolution to groups * r
-// channels, then U as a 1x1 convolution) runs on torch's convolution; the sparse branch adds into the same output.
+// Entry points of lrs_conv2d and its gradients. The CPU kernels and the tensor-core ones compute both branches; beside
+// the sparse kernels of a GPU, the low-rank branch runs on torch's convolutions.
 #include "gemm.h"
 #include "ops.h"
 
@@ -99,14 +99,9 @@ cpu::Image<T> output_of(Tensor& t) {
   return {t.mutable_data_ptr<T>(), t.size(1), t.size(2), t.size(3), t.stride(0), t.stride(1), t.stride(2), t.stride(3)};
 }
 
-Tensor conv2d(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Sizes& stride,
-              const Sizes& padding, const Sizes& dilation, int64_t groups) {
-  return call("aten::conv2d", "", x, weight, bias, stride, padding, dilation, groups);
-}
-
-// v [groups * r, n] as a convolution weight.
-Tensor v_kernel(const Conv& conv, const Tensor& v) {
-  return torch::stable::reshape(v, {v.size(0), v.size(1) / conv.taps(), conv.kernel[0], conv.kernel[1]});
+template <class T>
+cpu::ConvWeights<T> weights_of(const Pattern& pattern, const Tensor& values, const Tensor& u, const Tensor& v) {
+  return {pattern.with<T>(values), u.const_data_ptr<T>(), v.const_data_ptr<T>(), u.size(1)};
 }
 
 // The type that a branch computes in: on the CPU halves are widened, a GPU has instructions for them.
@@ -120,11 +115,54 @@ bool wants_tensor_cores(const Conv& conv, const Tensor& image, int64_t channels,
   if (path == "csr" || !fits_tensor_cores(image, channels / conv.groups)) return false;
   return path == "mma" || (channels_last && (density == 0 || density > 1.0 / 30));
 }
-#endif
 
 MemoryFormat format_of(bool channels_last) {
   return channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous;
 }
+
+Tensor conv2d(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Sizes& stride,
+              const Sizes& padding, const Sizes& dilation, int64_t groups) {
+  return call("aten::conv2d", "", x, weight, bias, stride, padding, dilation, groups);
+}
+
+// v [groups * r, n] as a convolution weight.
+Tensor v_kernel(const Conv& conv, const Tensor& v) {
+  return torch::stable::reshape(v, {v.size(0), v.size(1) / conv.taps(), conv.kernel[0], conv.kernel[1]});
+}
+
+// bias + U * (V * x) by torch's convolutions, for kernels that add S; NCHW.
+Tensor low_rank_layer(const Conv& conv, const Tensor& x, const Tensor& u, const Tensor& v,
+                      const std::optional<Tensor>& bias, const Sizes& out_sizes) {
+  const int64_t m = u.size(0), r = u.size(1);
+  if (r == 0) {
+    Tensor y = empty_image(x, out_sizes, false);
+    return bias ? torch::stable::copy_(y, torch::stable::reshape(*bias, {m, 1, 1})) : torch::stable::zero_(y);
+  }
+  const Tensor z = conv2d(x, v_kernel(conv, v), std::nullopt, conv.stride, conv.padding, conv.dilation, conv.groups);
+  return torch::stable::contiguous(
+      conv2d(z, torch::stable::reshape(u, {m, r, 1, 1}), bias, conv.one, conv.none, conv.one, conv.groups));
+}
+
+// Its gradient for x.
+Tensor low_rank_grad_input(const Conv& conv, const Tensor& dy, const Tensor& u, const Tensor& v,
+                           const Sizes& dx_sizes) {
+  const int64_t m = u.size(0), r = u.size(1), groups = conv.groups;
+  if (r == 0) {
+    Tensor dx = empty_image(dy, dx_sizes, false);
+    return torch::stable::zero_(dx);
+  }
+  const Tensor u_groups = torch::stable::reshape(u, {groups, m / groups, r});
+  const Tensor u_kernel =
+      torch::stable::reshape(torch::stable::transpose(u_groups, 1, 2), {groups * r, m / groups, 1, 1});
+  const Tensor dz = conv2d(dy, u_kernel, std::nullopt, conv.one, conv.none, conv.one, groups);
+  Sizes output_padding(2);
+  for (int i = 0; i < 2; ++i)
+    output_padding[i] = dx_sizes[2 + i] - ((dy.size(2 + i) - 1) * conv.stride[i] - 2 * conv.padding[i] + conv.span(i));
+  return torch::stable::contiguous(call("aten::conv_transpose2d", "input", dz, v_kernel(conv, v),
+                                        std::optional<Tensor>(), conv.stride, conv.padding, output_padding, groups,
+                                        conv.dilation));
+}
+#endif
 
 }  // namespace
 
@@ -136,7 +174,7 @@ Tensor lrs_conv2d(const Tensor& x, const Tensor& u, const Tensor& v, const Tenso
   check_float(conv.op, "x", x);
   check_dim(conv.op, "x", x, 4, "[batch, channels, height, width]");
   const int64_t channels = check_weights(conv, x, u, v, values);
-  const int64_t batch = x.size(0), m = u.size(0), r = u.size(1);
+  const int64_t batch = x.size(0), m = u.size(0);
   check(x.size(1) == channels, conv.op, ": x must have v.size(1) / kernel taps * groups = ", channels,
         " channels, got ", sizes_of(x));
   if (bias) {
@@ -163,21 +201,11 @@ Tensor lrs_conv2d(const Tensor& x, const Tensor& u, const Tensor& v, const Tenso
     return torch::stable::contiguous(result, format_of(channels_last));
   }
 #endif
-  const bool last = channels_last && !on_gpu(x);  // the CUDA-core kernels write NCHW
-  const std::optional<Tensor> wide_bias = bias ? std::optional(as_type(*bias, type)) : std::nullopt;
-  Tensor y;
-  if (r > 0) {
-    const Tensor z = conv2d(input, v_kernel(conv, as_type(v, type)), std::nullopt, stride, padding, dilation, groups);
-    y = conv2d(z, torch::stable::reshape(as_type(u, type), {m, r, 1, 1}), wide_bias, conv.one, conv.none, conv.one,
-               groups);
-    y = torch::stable::contiguous(y, format_of(last));
-  } else {
-    y = empty_image(input, out_sizes, last);
-    bias ? torch::stable::copy_(y, torch::stable::reshape(*wide_bias, {m, 1, 1})) : torch::stable::zero_(y);
-  }
-  const Tensor dense_values = dense_as(values, type);
+  const Tensor dense_values = dense_as(values, type), left = dense_as(u, type), right = dense_as(v, type);
+  const std::optional<Tensor> wide_bias = bias ? std::optional(dense_as(*bias, type)) : std::nullopt;
 #ifdef CMD_EXT_GPU
   if (on_gpu(x)) {
+    Tensor y = low_rank_layer(conv, input, left, right, wide_bias, out_sizes);
     const Gpu gpu(x);
     const Tensor planes = torch::stable::contiguous(input);
     const auto shape = conv.device_shape(sizes_of(x), out_sizes);
@@ -190,10 +218,12 @@ Tensor lrs_conv2d(const Tensor& x, const Tensor& u, const Tensor& v, const Tenso
     return torch::stable::contiguous(y, format_of(channels_last));
   }
 #endif
+  Tensor y = empty_image(input, out_sizes, channels_last);
   dispatch(type, [&](auto tag) {
     using T = decltype(tag);
-    cpu::sparse_conv2d(image_of<T>(input), pattern.with<T>(dense_values), output_of<T>(y), conv.shape(batch),
-                       parallel_for);
+    cpu::lrs_conv2d(image_of<T>(input), weights_of<T>(pattern, dense_values, left, right),
+                    wide_bias ? wide_bias->const_data_ptr<T>() : nullptr, output_of<T>(y), conv.shape(batch),
+                    parallel_for);
   });
   return as_type(y, x.scalar_type());
 }
@@ -206,7 +236,7 @@ Tensor lrs_conv2d_grad_input(const Tensor& grad, const Tensor& u, const Tensor& 
   check_float(conv.op, "grad", grad);
   check_dim(conv.op, "grad", grad, 4, "[batch, m, out_height, out_width]");
   const int64_t channels = check_weights(conv, grad, u, v, values);
-  const int64_t batch = grad.size(0), m = u.size(0), r = u.size(1), nnz = values.numel();
+  const int64_t batch = grad.size(0), m = u.size(0), nnz = values.numel();
   check(input_size.size() == 2, conv.op, ": input_size must be two integers, got ", input_size);
   const Sizes out = conv.output_size(input_size[0], input_size[1]);
   check_sizes(conv.op, "grad", grad, {batch, m, out[0], out[1]}, "[batch, m, out_height, out_width]");
@@ -229,28 +259,12 @@ Tensor lrs_conv2d_grad_input(const Tensor& grad, const Tensor& u, const Tensor& 
     return torch::stable::contiguous(result, format_of(channels_last));
   }
 #endif
-  const bool last = channels_last && !on_gpu(grad);
-  Tensor dx;
-  if (r > 0) {
-    const Tensor u_groups = torch::stable::reshape(as_type(u, type), {groups, m / groups, r});
-    const Tensor u_kernel =
-        torch::stable::reshape(torch::stable::transpose(u_groups, 1, 2), {groups * r, m / groups, 1, 1});
-    const Tensor dz = conv2d(dy, u_kernel, std::nullopt, conv.one, conv.none, conv.one, groups);
-    Sizes output_padding(2);
-    for (int i = 0; i < 2; ++i)
-      output_padding[i] = input_size[i] - ((out[i] - 1) * stride[i] - 2 * padding[i] + conv.span(i));
-    dx = call("aten::conv_transpose2d", "input", dz, v_kernel(conv, as_type(v, type)), std::optional<Tensor>(), stride,
-              padding, output_padding, groups, dilation);
-    dx = torch::stable::contiguous(dx, format_of(last));
-  } else {
-    dx = empty_image(dy, dx_sizes, last);
-    torch::stable::zero_(dx);
-  }
+  const Tensor dense_values = dense_as(values, type), left = dense_as(u, type), right = dense_as(v, type);
 #ifdef CMD_EXT_GPU
   if (on_gpu(grad)) {
+    Tensor dx = low_rank_grad_input(conv, dy, left, right, dx_sizes);
     const Gpu gpu(grad);
-    const Tensor planes = torch::stable::contiguous(dy), dense_values = dense_as(values, type);
-    const Tensor order = torch::stable::contiguous(perm);
+    const Tensor planes = torch::stable::contiguous(dy), order = torch::stable::contiguous(perm);
     const auto shape = conv.device_shape(dx_sizes, sizes_of(grad));
     if (nnz > 0)
       dispatch_gpu(type, [&](auto tag) {
@@ -265,11 +279,12 @@ Tensor lrs_conv2d_grad_input(const Tensor& grad, const Tensor& u, const Tensor& 
     return torch::stable::contiguous(dx, format_of(channels_last));
   }
 #endif
-  const Tensor values_t = call("aten::index_select", "", dense_as(values, type), int64_t(0), perm);
+  const Tensor values_t = call("aten::index_select", "", dense_values, int64_t(0), perm);
+  Tensor dx = empty_image(dy, dx_sizes, channels_last);
   dispatch(type, [&](auto tag) {
     using T = decltype(tag);
-    cpu::sparse_conv2d_grad_input(image_of<T>(dy), transposed.with<T>(values_t), output_of<T>(dx), conv.shape(batch),
-                                  parallel_for);
+    cpu::lrs_conv2d_grad_input(image_of<T>(dy), weights_of<T>(transposed, values_t, left, right), output_of<T>(dx),
+                               conv.shape(batch), parallel_for);
   });
   return as_type(dx, grad.scalar_type());
 }

@@ -57,17 +57,26 @@ void add_sparse(const Csr<T>& s, T* w, const ParallelFor& parallel_for);
 template <class T>
 void sddmm(const T* a, const T* b, int64_t k, const Csr<T>& pattern, T* out, const ParallelFor& parallel_for);
 
-// y += S * x: convolution with the sparse kernel S [out_channels, in_channels/groups * kernel_h * kernel_w].
+// The kernel U V + S [m, n] of a convolution: u [m, rank], v [groups * rank, n], n = channels / groups * taps. For the
+// gradient for x, `s` is S^T over [groups * n] rows (row g * n + c: column c of group g).
 template <class T>
-void sparse_conv2d(const Image<const T>& x, const Csr<T>& s, const Image<T>& y, const ConvShape& shape,
-                   const ParallelFor& parallel_for);
+struct ConvWeights {
+  Csr<T> s;
+  const T *u, *v;
+  int64_t rank;
+};
 
-// dx += gradient of sparse_conv2d. `st` is S^T over [groups * n] rows (row g*n + c: column c of group g).
+// y = bias + (U V + S) * x; bias [m] may be null.
 template <class T>
-void sparse_conv2d_grad_input(const Image<const T>& dy, const Csr<T>& st, const Image<T>& dx, const ConvShape& shape,
-                              const ParallelFor& parallel_for);
+void lrs_conv2d(const Image<const T>& x, const ConvWeights<T>& w, const T* bias, const Image<T>& y,
+                const ConvShape& shape, const ParallelFor& parallel_for);
 
-// dvalues [nnz] = gradient of sparse_conv2d for the values of S (overwritten).
+// dx = gradient of lrs_conv2d for x.
+template <class T>
+void lrs_conv2d_grad_input(const Image<const T>& dy, const ConvWeights<T>& w, const Image<T>& dx,
+                           const ConvShape& shape, const ParallelFor& parallel_for);
+
+// dvalues [nnz] = gradient of lrs_conv2d for the values of S (overwritten).
 template <class T>
 void sparse_conv2d_grad_values(const Image<const T>& x, const Image<const T>& dy, const Csr<T>& pattern, T* dvalues,
                                const ConvShape& shape, const ParallelFor& parallel_for);
