@@ -12,6 +12,7 @@ from . import dispatch, ops
 from .decompose import Decomposition, decompose
 
 BACKENDS = ("auto", "fused", "lowrank", "dense")
+MOST_KEPT = 8  # input sizes whose plans a convolution keeps
 
 
 class _LowRankSparse(nn.Module):
@@ -30,7 +31,8 @@ class _LowRankSparse(nn.Module):
             raise ValueError(f"{name}: density must lie in [0, 1], got {density}")
         self.groups, self._backend = groups, "auto"
         self._tokens, self._inputs_per_token = dispatch.TOKENS, float(n)  # of the latest call
-        self._kept = None  # the dense weight and the state of the parameters it was built from
+        # What is kept between calls that record no gradients (see _keep), and the state of the parameters behind it.
+        self._kept: tuple[list, dict] | None = None
         factory = {"device": device, "dtype": dtype}
         nnz = round(density * m * n)
         self.u = nn.Parameter(torch.empty(m, rank, **factory))
@@ -92,7 +94,8 @@ class _LowRankSparse(nn.Module):
         Assign one of these to override the choice, "auto" to return to it. The automatic choice is what `dispatch`
         predicts to be fastest for the device, the dtype and the size of the latest call; "dense" where U V and S
         together would take longer than W, and on devices without our kernels. A rebuilt W is kept until a parameter
-        changes, but for calls that record gradients, which rebuild it each time.
+        changes, but for calls that record gradients, which rebuild it each time; so are, on the CPU, the packed weights
+        of the fused kernels, for each of the latest input sizes.
         """
         if self._backend != "auto":
             return self._backend
@@ -130,7 +133,7 @@ class _LowRankSparse(nn.Module):
 
     def _note_size(self, x: Tensor) -> None:
         """Remembers the size of a call for the choice of the backend (not while tracing: sizes may be symbols)."""
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
             return
         tokens = self._tokens_of(x)
         if tokens > 0:
@@ -139,16 +142,30 @@ class _LowRankSparse(nn.Module):
     def _records_gradients(self) -> bool:
         return torch.is_grad_enabled() and any(p.requires_grad for p in (self.u, self.v, self.values))
 
+    def _may_keep(self, *inputs: Tensor) -> bool:
+        """Whether what is built from the parameters can serve later calls, and this call needs no derivative."""
+        tensors = (self.u, self.v, self.values, self.row_ptr, self.col_idx)
+        derives = self._records_gradients() or (torch.is_grad_enabled() and any(x.requires_grad for x in inputs))
+        traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack() > 0
+        transformed = torch._C._functorch.maybe_current_level() is not None
+        return not (derives or traced or transformed or any(t.is_inference() for t in tensors))
+
+    def _keep(self, key, build) -> Tensor:
+        """`build()` of an earlier call with this key if no parameter has changed since."""
+        sources = (self.u, self.v, self.values, self.row_ptr, self.col_idx)
+        state = [(t.data_ptr(), t._version, t.dtype, t.device) for t in sources]
+        kept = self._kept
+        if kept is None or kept[0] != state or (key not in kept[1] and len(kept[1]) == MOST_KEPT):
+            kept = self._kept = state, {}
+        found = kept[1].get(key)
+        if found is None:  # two threads may both build it: the same
+            with torch.no_grad():
+                found = kept[1][key] = build()
+        return found
+
     def _kept_matrix(self) -> Tensor:
         """U V + S for the dense backend: from the previous call if no parameter has changed since."""
-        sources = (self.u, self.v, self.values, self.row_ptr, self.col_idx)
-        if self._records_gradients() or torch.compiler.is_compiling() or any(t.is_inference() for t in sources):
-            return self._matrix()
-        key = [(t.data_ptr(), t._version, t.dtype, t.device) for t in sources]
-        if self._kept is None or self._kept[0] != key:
-            with torch.no_grad():
-                self._kept = key, self._matrix()
-        return self._kept[1]
+        return self._keep("matrix", self._matrix) if self._may_keep() else self._matrix()
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_kept": None}
@@ -358,6 +375,10 @@ class CMDConv2d(_LowRankSparse):
         geometry = (self.stride, self._inner_padding, self.dilation, self.groups)
         self._note_size(x)
         backend = self.backend
+        if backend == "fused" and x.device.type == "cpu" and self._may_keep(x) and x.shape[0] > 0:
+            cast = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
+            plan = self._keep((cast, *x.shape), lambda: self._plan(x, geometry))
+            return ops.planned_lrs_conv2d(x, plan, self.bias)
         if backend == "fused":
             return ops.lrs_conv2d(x, self.u, self.v, self.values, self.pattern, self.bias, self.kernel_size, *geometry)
         if backend == "lowrank" and self.rank > 0:
@@ -365,6 +386,9 @@ class CMDConv2d(_LowRankSparse):
             return F.conv2d(z, self.u.view(*self.u.shape, 1, 1), self.bias, groups=self.groups)
         weight = self._kept_matrix().view(self.out_channels, -1, *self.kernel_size)
         return F.conv2d(x, weight, self.bias, *geometry)
+
+    def _plan(self, x: Tensor, geometry) -> Tensor:
+        return ops.plan_lrs_conv2d(self.u, self.v, self.values, self.pattern, x.shape, self.kernel_size, *geometry)
 
     def _tokens_of(self, x: Tensor) -> int:
         """Pixels of the output, over the batch."""

@@ -558,6 +558,32 @@ def lrs_conv2d(
     return _ops.lrs_conv2d(x, u, v, values, *pattern, bias, kernel_size, stride, padding, dilation, groups)
 
 
+def plan_lrs_conv2d(u, v, values, pattern: Pattern, x_size, kernel_size, stride, padding, dilation, groups) -> Tensor:
+    """What lrs_conv2d on the CPU works out from its weights, packed, for inputs of one size; for planned_lrs_conv2d.
+
+    Args: as of lrs_conv2d; x_size is that of x. The plan is of the precision of u, and of no use after a weight
+    changed. Not differentiable.
+
+    Returns:
+        An opaque uint8 tensor.
+    """
+    u, v, values = _autocast(u, v, values)
+    _check_dtypes("plan_lrs_conv2d", "u", u, v=v, values=values)
+    return _ops._plan_lrs_conv2d(
+        u, v, values, pattern.row_ptr, pattern.col_idx, x_size, kernel_size, stride, padding, dilation, groups
+    )
+
+
+def planned_lrs_conv2d(x: Tensor, plan: Tensor, bias: Tensor | None) -> Tensor:
+    """lrs_conv2d with the weights of a plan, to the bit. Not differentiable.
+
+    Raises:
+        ValueError: the plan is for another size or precision, or is none.
+    """
+    x, bias = _autocast(x, bias)
+    return _ops._planned_lrs_conv2d(x, plan, bias)
+
+
 def _like_image(x: Tensor, size) -> Tensor:
     """An empty [N, C, H, W] in the memory format of x, by the rule of csrc/conv2d.cpp."""
     last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()

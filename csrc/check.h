@@ -92,8 +92,12 @@ Tensor call(const char* op, const char* overload, const Args&... args) {
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
-inline void parallel_for(int64_t count, int64_t grain, const std::function<void(int64_t, int64_t)>& body) {
-  if (count > 0) torch::stable::parallel_for(0, count, grain, body);
+// torch's thread pool, for the CPU kernels.
+inline cpu::ParallelFor threads() {
+  const auto run = [](int64_t count, int64_t grain, const cpu::ForBody& body) {
+    if (count > 0) torch::stable::parallel_for(0, count, grain, body);
+  };
+  return {run, int(torch::stable::get_num_threads())};
 }
 
 // One orientation of the support of S: row_ptr [rows + 1] and col_idx [nnz], int32, contiguous, on the device of

@@ -223,7 +223,63 @@ Tensor lrs_conv2d(const Tensor& x, const Tensor& u, const Tensor& v, const Tenso
     using T = decltype(tag);
     cpu::lrs_conv2d(image_of<T>(input), weights_of<T>(pattern, dense_values, left, right),
                     wide_bias ? wide_bias->const_data_ptr<T>() : nullptr, output_of<T>(y), conv.shape(batch),
-                    parallel_for);
+                    threads());
+  });
+  return as_type(y, x.scalar_type());
+}
+
+Tensor plan_lrs_conv2d(const Tensor& u, const Tensor& v, const Tensor& values, const Tensor& row_ptr,
+                       const Tensor& col_idx, Sizes x_size, Sizes kernel_size, Sizes stride, Sizes padding,
+                       Sizes dilation, int64_t groups) {
+  const Conv conv("_plan_lrs_conv2d", kernel_size, stride, padding, dilation, groups);
+  check_float(conv.op, "u", u);
+  check(u.is_cpu(), conv.op, ": u must be on the cpu");
+  check(x_size.size() == 4, conv.op, ": x_size must be four integers, got ", x_size);
+  const int64_t channels = check_weights(conv, u, u, v, values);
+  check(x_size[0] > 0 && x_size[1] == channels, conv.op, ": x_size must be [batch > 0, ", channels,
+        ", height, width], got ", x_size);
+  const Sizes out = conv.output_size(x_size[2], x_size[3]);
+  const Pattern pattern(conv.op, "row_ptr", "col_idx", row_ptr, col_idx, u.size(0), v.size(1), values.numel(), u);
+  const ScalarType type = compute_type(u);
+  const Tensor dense_values = dense_as(values, type), left = dense_as(u, type), right = dense_as(v, type);
+  Tensor plan;
+  dispatch(type, [&](auto tag) {
+    using T = decltype(tag);
+    const cpu::Image<const T> x{nullptr, channels, x_size[2], x_size[3], 0, 0, 0, 0};
+    const cpu::Image<T> y{nullptr, u.size(0), out[0], out[1], 0, 0, 0, 0};
+    const auto weights = weights_of<T>(pattern, dense_values, left, right);
+    const auto fill = [&](void* memory) {
+      return cpu::plan_conv2d(x, weights, y, conv.shape(x_size[0]), memory, threads());
+    };
+    plan = torch::stable::empty({fill(nullptr)}, ScalarType::Byte, std::nullopt, u.device());
+    fill(plan.mutable_data_ptr());
+  });
+  return plan;
+}
+
+Tensor planned_lrs_conv2d(const Tensor& x, const Tensor& plan, const std::optional<Tensor>& bias) {
+  const char* op = "_planned_lrs_conv2d";
+  check_float(op, "x", x);
+  check_dim(op, "x", x, 4, "[batch, channels, height, width]");
+  const ScalarType type = compute_type(x);
+  cpu::PlannedConv sizes{};
+  check(plan.is_cpu() && plan.is_contiguous() && plan.scalar_type() == ScalarType::Byte &&
+            cpu::read_plan(plan.const_data_ptr(), plan.numel(), sizes),
+        op, ": plan must be what _plan_lrs_conv2d returns");
+  check_sizes(op, "x", x, {sizes.batch, sizes.channels, sizes.height, sizes.width}, "of the plan's sizes");
+  check(sizes.element == (type == ScalarType::Double ? 8 : 4), op, ": x must have the plan's precision");
+  const int64_t m = sizes.out_channels;
+  if (bias) {
+    check_same_dtype(op, "bias", *bias, x);
+    check_sizes(op, "bias", *bias, {m}, "[m]");
+  }
+  const Tensor input = as_type(x, type);
+  const std::optional<Tensor> wide_bias = bias ? std::optional(dense_as(*bias, type)) : std::nullopt;
+  Tensor y = empty_image(input, {sizes.batch, m, sizes.out_height, sizes.out_width}, is_channels_last(x));
+  dispatch(type, [&](auto tag) {
+    using T = decltype(tag);
+    cpu::run_plan(plan.const_data_ptr(), image_of<T>(input), wide_bias ? wide_bias->const_data_ptr<T>() : nullptr,
+                  output_of<T>(y), threads());
   });
   return as_type(y, x.scalar_type());
 }
@@ -284,7 +340,7 @@ Tensor lrs_conv2d_grad_input(const Tensor& grad, const Tensor& u, const Tensor& 
   dispatch(type, [&](auto tag) {
     using T = decltype(tag);
     cpu::lrs_conv2d_grad_input(image_of<T>(dy), weights_of<T>(transposed, values_t, left, right), output_of<T>(dx),
-                               conv.shape(batch), parallel_for);
+                               conv.shape(batch), threads());
   });
   return as_type(dx, grad.scalar_type());
 }
@@ -326,7 +382,7 @@ Tensor lrs_conv2d_grad_values(const Tensor& grad, const Tensor& x, const Tensor&
   dispatch(type, [&](auto tag) {
     using T = decltype(tag);
     cpu::sparse_conv2d_grad_values(image_of<T>(input), image_of<T>(dy), pattern.with<T>(dvalues),
-                                   dvalues.mutable_data_ptr<T>(), conv.shape(batch), parallel_for);
+                                   dvalues.mutable_data_ptr<T>(), conv.shape(batch), threads());
   });
   return as_type(dvalues, grad.scalar_type());
 }

@@ -94,7 +94,7 @@ Tensor lrs_linear(const Tensor& x, const Tensor& u, const Tensor& v, const Tenso
     dispatch(type, [&](auto tag) {
       using T = decltype(tag);
       cpu::sparse_linear(rows.const_data_ptr<T>(), batch, pattern.with<T>(dense_values),
-                         dense_bias ? dense_bias->const_data_ptr<T>() : nullptr, y.mutable_data_ptr<T>(), parallel_for);
+                         dense_bias ? dense_bias->const_data_ptr<T>() : nullptr, y.mutable_data_ptr<T>(), threads());
     });
   return torch::stable::reshape(as_type(y, x.scalar_type()), out_sizes);
 }
@@ -145,7 +145,7 @@ Tensor dense_weight(const Tensor& u, const Tensor& v, const Tensor& values, cons
 #endif
   dispatch(type, [&](auto tag) {
     using T = decltype(tag);
-    cpu::add_sparse(pattern.with<T>(s), w.mutable_data_ptr<T>(), parallel_for);
+    cpu::add_sparse(pattern.with<T>(s), w.mutable_data_ptr<T>(), threads());
   });
   return as_type(w, u.scalar_type());
 }
@@ -180,7 +180,7 @@ Tensor sddmm(const Tensor& a, const Tensor& b, const Tensor& row_ptr, const Tens
   dispatch(type, [&](auto tag) {
     using T = decltype(tag);
     cpu::sddmm(left.const_data_ptr<T>(), right.const_data_ptr<T>(), k, pattern.with<T>(out), out.mutable_data_ptr<T>(),
-               parallel_for);
+               threads());
   });
   return as_type(out, a.scalar_type());
 }

@@ -33,6 +33,12 @@ DEFINE(CMD_EXT_LIBRARY, m) {
   m.def("_lrs_conv2d_grad_input(Tensor grad, Tensor u, Tensor v, Tensor values, " PATTERN ", int[2] input_size, " CONV
         ") -> Tensor");
   m.def("_lrs_conv2d_grad_values(Tensor grad, Tensor x, Tensor row_ptr, Tensor col_idx, " CONV ") -> Tensor");
+#ifndef CMD_EXT_SIMT
+  // On the CPU alone: the part of lrs_conv2d that inference need not repeat for every call.
+  m.def("_plan_lrs_conv2d(Tensor u, Tensor v, Tensor values, Tensor row_ptr, Tensor col_idx, int[4] x_size, " CONV
+        ") -> Tensor");
+  m.def("_planned_lrs_conv2d(Tensor x, Tensor plan, Tensor? bias) -> Tensor");
+#endif
 }
 
 // The entry points look at the device of their arguments, so every key gets the same ones.
@@ -49,7 +55,13 @@ static void implement_all(torch::stable::detail::StableLibrary& m) {
   m.impl("_lrs_conv2d_grad_values", TORCH_BOX(&cmd_ext::lrs_conv2d_grad_values));
 }
 
-IMPLEMENT(CMD_EXT_LIBRARY, CPU, m) { implement_all(m); }
+IMPLEMENT(CMD_EXT_LIBRARY, CPU, m) {
+  implement_all(m);
+#ifndef CMD_EXT_SIMT
+  m.impl("_plan_lrs_conv2d", TORCH_BOX(&cmd_ext::plan_lrs_conv2d));
+  m.impl("_planned_lrs_conv2d", TORCH_BOX(&cmd_ext::planned_lrs_conv2d));
+#endif
+}
 #ifdef CMD_EXT_CUDA
 IMPLEMENT(CMD_EXT_LIBRARY, CUDA, m) { implement_all(m); }
 #endif

@@ -33,7 +33,7 @@ void select_on_cpu(const Tensor& a, int64_t nnz, Selected& out) {
     T* values = out.values.mutable_data_ptr<T>();
     auto *row_ptr = out.row_ptr.mutable_data_ptr<int32_t>(), *col_idx = out.col_idx.mutable_data_ptr<int32_t>();
     for (int64_t i = 0; i < a.size(0); ++i, matrix += m * n, values += nnz, row_ptr += m + 1, col_idx += nnz)
-      cpu::topk_csr(matrix, m, n, nnz, values, row_ptr, col_idx, parallel_for);
+      cpu::topk_csr(matrix, m, n, nnz, values, row_ptr, col_idx, threads());
   });
 }
 

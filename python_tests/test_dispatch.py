@@ -107,9 +107,9 @@ def test_a_rebuilt_weight_is_kept_until_a_parameter_changes():
     layer, x = dense_layer(), torch.randn(4, 12)
     with torch.no_grad():
         first = layer(x)
-        kept = layer._kept[1]
+        kept = layer._kept[1]["matrix"]
         assert torch.equal(layer(x), first)
-        assert layer._kept[1] is kept
+        assert layer._kept[1]["matrix"] is kept
         for name in ("u", "v", "values"):
             getattr(layer, name).mul_(2)
             assert torch.equal(layer(x), layer.to_dense()(x)), name

@@ -18,7 +18,9 @@
 #include <array>
 #include <cmath>
 #include <cstdlib>
+#include <cstring>
 #include <memory>
+#include <utility>
 #include <vector>
 
 #include "lanes.h"
@@ -35,7 +37,8 @@ using lanes::Target;
 using lanes::Vec;
 
 constexpr int64_t kQuad = 4, kAtOnce = 3;  // rows and positions of the dense products
-constexpr int64_t kUnits = 64;             // pieces that the rows of one item are dealt in
+constexpr int64_t kMagic = 0x636d645f706c616e;
+constexpr int64_t kUnits = 64;  // pieces that the rows of one item are dealt in
 
 template <class T>
 struct Entry {
@@ -50,12 +53,13 @@ struct Part {
 };
 
 struct Header {
-  int64_t bytes, element;
+  int64_t magic, bytes, element;
   Geometry geometry;
   int64_t channels, ranks, rows;  // of the input, between the factors, of the output grid
   int64_t block, blocks;          // channels of a block
   int64_t nnz, taps, weights;     // array sizes
   int64_t parts_in, parts_out;    // products with the input and with the middle
+  bool shared;                    // whether all threads work on one item after another
   int64_t middle_on_input;        // whether the middle exists at all packed pixels (gradient) or at the positions
   int64_t phases_h, phases_w, off_h, off_w;
   std::array<int64_t, 6> sizes;  // channels, height, width of the input and of the output
@@ -100,62 +104,74 @@ struct Load {
   int64_t dense_in, dense_out;  // multiply-adds of the dense products per packed pixel and per position
 };
 
-constexpr std::array<int64_t, 2> kTiles[] = {{1, 14}, {2, 7}, {1, 12}, {2, 6}, {3, 4}, {1, 8}, {2, 4}, {4, 2}, {8, 1},
-                                             {1, 7},  {1, 6}, {1, 4},  {2, 2}, {4, 1}, {1, 2}, {2, 1}, {1, 1}};
-
-// Calls visit with the geometry's tile as constants: height, width, step between its columns.
-template <class Visit>
-SIMD_INLINE void with_tile(const Geometry& g, const Visit& visit) {
-#define TILE(H, W, STEP)                                                             \
-  if (g.tile_h == H && g.tile_w == W && (W == 1 || g.reach.step_w == STEP))          \
-    return visit(std::integral_constant<int, H>{}, std::integral_constant<int, W>{}, \
-                 std::integral_constant<int, STEP>{});
-#define TILES(STEP)                                                                                      \
-  TILE(1, 14, STEP)                                                                                      \
-  TILE(2, 7, STEP) TILE(1, 12, STEP) TILE(2, 6, STEP) TILE(3, 4, STEP) TILE(1, 8, STEP) TILE(2, 4, STEP) \
-      TILE(4, 2, STEP) TILE(1, 7, STEP) TILE(1, 6, STEP) TILE(1, 4, STEP) TILE(2, 2, STEP) TILE(1, 2, STEP)
-  TILE(8, 1, 1) TILE(4, 1, 1) TILE(2, 1, 1) TILE(1, 1, 1) TILES(1) TILES(2)
-#undef TILES
-#undef TILE
+struct TileShape {
+  int height, width;
+  bool always;  // also compiled for double and for two pixels between positions, where fewer shapes do
+};
+constexpr TileShape kTiles[] = {{1, 14, false}, {2, 7, true},  {1, 12, false}, {2, 6, false}, {3, 4, false},
+                                {1, 8, true},   {2, 4, true},  {4, 2, false},  {8, 1, true},  {1, 7, true},
+                                {1, 4, true},   {2, 2, false}, {4, 1, true},   {1, 2, true},  {1, 1, true}};
+constexpr bool has_tile(const TileShape& tile, int64_t element, int64_t step) {
+  return tile.width == 1 || (tile.always ? step <= 2 : step == 1 && element == 4);
 }
 
-// Seconds of a call by the constants of an AVX2 machine; only their ratios matter here.
-double predict(const Geometry& g, const Load& load, int64_t lane_count) {
-  constexpr double kThreads = 4;  // fixed, so that results do not depend on the machine's
+template <class T, int kStep, size_t kIndex, class Visit>
+SIMD_INLINE void try_tile(const Geometry& g, const Visit& visit) {
+  constexpr TileShape tile = kTiles[kIndex];
+  if constexpr (has_tile(tile, sizeof(T), kStep))
+    if (g.tile_h == tile.height && g.tile_w == tile.width)
+      visit(std::integral_constant<int, tile.height>{}, std::integral_constant<int, tile.width>{},
+            std::integral_constant<int, kStep>{});
+}
+template <class T, int kStep, class Visit, size_t... kIndex>
+SIMD_INLINE void try_tiles(const Geometry& g, const Visit& visit, std::index_sequence<kIndex...>) {
+  (try_tile<T, kStep, kIndex>(g, visit), ...);
+}
+// Calls visit with the geometry's tile as constants: height, width, pixels between its columns.
+template <class T, class Visit>
+SIMD_INLINE void with_tile(const Geometry& g, const Visit& visit) {
+  constexpr auto all = std::make_index_sequence<std::size(kTiles)>{};
+  g.reach.step_w == 2 ? try_tiles<T, 2>(g, visit, all) : try_tiles<T, 1>(g, visit, all);
+}
+
+// Seconds of a call by the constants of an AVX2 machine; only their ratios matter here. `shared`: whether all threads
+// work on one item after another, rather than each on its own.
+double predict(const Geometry& g, const Load& load, int64_t lane_count, int threads, bool& shared) {
   const double tile = double(g.tile_h * g.tile_w), positions = double(g.positions());
   const double packed = double(g.in_h() * g.in_w()), vector = double(lane_count * load.element);
   const double bytes = (load.channels * packed + load.rows * positions) * vector;
-  const double pack = bytes * (bytes > 512e3 ? 3e-10 : 2e-10);
+  const double pack = bytes * (bytes > 512e3 ? 2.5e-10 : 1.5e-10);
   // A row's sums depend on each other: below 8 of them the latency of the FMA is what counts.
   const double sparse =
-      positions / tile *
-      (double(load.rows * load.blocks) * 7e-9 + double(load.nnz) * std::max(0.165e-9 * tile, 1.35e-9));
-  const double dense = (packed * double(load.dense_in) + positions * double(load.dense_out)) * 0.22e-9;
+      positions / tile * (double(load.rows * load.blocks) * 9e-9 + double(load.nnz) * std::max(0.2e-9 * tile, 1.5e-9));
+  const double dense = (packed * double(load.dense_in) + positions * double(load.dense_out)) * 0.25e-9;
   const double item = pack + sparse + dense, items = double(g.items());
-  const double dealt = std::ceil(items / kThreads) * item, shared = items * (item / kThreads * 1.1 + 6e-6);
-  return std::min(dealt, shared);
+  const double dealt = std::ceil(items / threads) * item, together = items * (item / threads * 1.15 + 8e-6);
+  shared = together < dealt;
+  return std::min(dealt, together);
 }
 
 // The cheapest cut of the grid into lanes, tiles and strips.
 Geometry choose_geometry(int64_t batch, int64_t rows, int64_t cols, const Reach& reach, const Load& load,
-                         int lane_count) {
+                         int lane_count, int threads, bool& shared) {
   Geometry best{};
   double least = 0;
   Geometry g{batch, rows, cols, reach, 0, 0, 0, 0, 0, 0, 0, 0};
   for (g.lane_n = 1; g.lane_n <= lane_count; g.lane_n *= 2)
     for (g.lane_h = 1; g.lane_h * g.lane_n <= lane_count; g.lane_h *= 2) {
       g.lane_w = lane_count / g.lane_n / g.lane_h;
-      for (const auto& [tile_h, tile_w] : kTiles) {
-        if (tile_w > 1 && reach.step_w > 2) continue;
-        g.tile_h = tile_h, g.tile_w = tile_w;
-        g.patch_w = round_up(ceil_div(cols, g.lane_w), tile_w);
+      for (const TileShape& tile : kTiles) {
+        if (!has_tile(tile, load.element, reach.step_w)) continue;
+        g.tile_h = tile.height, g.tile_w = tile.width;
+        g.patch_w = round_up(ceil_div(cols, g.lane_w), g.tile_w);
         const int64_t patch_rows = ceil_div(rows, g.lane_h);
         for (int64_t repeat = 1; repeat <= 4; repeat *= 2) {
-          g.strip = tile_h * repeat;
-          if (repeat > 1 && g.strip > round_up(patch_rows, tile_h)) break;
+          g.strip = g.tile_h * repeat;
+          if (repeat > 1 && g.strip > round_up(patch_rows, g.tile_h)) break;
           g.patch_h = round_up(patch_rows, g.strip);
-          const double seconds = predict(g, load, lane_count);
-          if (least == 0 || seconds < least) best = g, least = seconds;
+          bool together;
+          const double seconds = predict(g, load, lane_count, threads, together);
+          if (least == 0 || seconds < least) best = g, least = seconds, shared = together;
         }
       }
     }
@@ -174,12 +190,12 @@ Tap tap_at(const ConvShape& s, int64_t tap) {
   return {h % s.stride_h * s.stride_w + w % s.stride_w, h / s.stride_h, w / s.stride_w};
 }
 
-int64_t block_of(int64_t taps) { return std::clamp<int64_t>(144 / taps / 8 * 8, 8, 64); }
+int64_t block_of(int64_t taps) { return std::clamp<int64_t>(288 / taps / 8 * 8, 8, 128); }
 
 // The header of y = (U V + S) * x for input [channels, height, width] and output sizes y.
 template <class T>
 Header forward_header(const ConvShape& s, const ConvWeights<T>& w, const Image<const T>& x, int64_t out_h,
-                      int64_t out_w, int64_t nnz, int64_t rows) {
+                      int64_t out_w, int64_t nnz, int64_t rows, int threads) {
   Header h{};
   const int64_t taps = s.kernel_h * s.kernel_w;
   h.element = sizeof(T), h.channels = x.channels, h.ranks = s.groups * w.rank, h.rows = rows, h.nnz = nnz;
@@ -191,13 +207,14 @@ Header forward_header(const ConvShape& s, const ConvWeights<T>& w, const Image<c
   const Reach reach{s.stride_h, s.stride_w, (s.kernel_h - 1) * s.dilation_h + 1, (s.kernel_w - 1) * s.dilation_w + 1,
                     s.pad_h,    s.pad_w};
   const Load load{x.channels, rows, nnz, h.blocks, h.element, 0, h.weights};
-  h.geometry = choose_geometry(s.batch, out_h, out_w, reach, load, kLanes<T>);
+  h.geometry = choose_geometry(s.batch, out_h, out_w, reach, load, kLanes<T>, threads, h.shared);
   return h;
 }
 
 // The header of the gradient for x [channels, height, width]: rows are (phase, channel), the input is dy.
 template <class T>
-Header grad_header(const ConvShape& s, const ConvWeights<T>& w, const Image<const T>& dy, const Image<T>& dx) {
+Header grad_header(const ConvShape& s, const ConvWeights<T>& w, const Image<const T>& dy, const Image<T>& dx,
+                   int threads) {
   Header h{};
   const int64_t taps = s.kernel_h * s.kernel_w, phases = s.stride_h * s.stride_w;
   const int64_t far_h = (s.kernel_h - 1) * s.dilation_h / s.stride_h,
@@ -214,8 +231,9 @@ Header grad_header(const ConvShape& s, const ConvWeights<T>& w, const Image<cons
   h.sizes = {dy.channels, dy.height, dy.width, dx.channels, dx.height, dx.width};
   const Reach reach{1, 1, far_h + 1, far_w + 1, far_h - first_h, far_w - first_w};
   const Load load{dy.channels, h.rows, h.nnz, h.blocks, h.element, w.rank * dy.channels, w.rank * dx.channels * taps};
-  h.geometry = choose_geometry(s.batch, (dx.height - 1 + s.pad_h) / s.stride_h - first_h + 1,
-                               (dx.width - 1 + s.pad_w) / s.stride_w - first_w + 1, reach, load, kLanes<T>);
+  h.geometry =
+      choose_geometry(s.batch, (dx.height - 1 + s.pad_h) / s.stride_h - first_h + 1,
+                      (dx.width - 1 + s.pad_w) / s.stride_w - first_w + 1, reach, load, kLanes<T>, threads, h.shared);
   return h;
 }
 
@@ -237,11 +255,16 @@ void list_nonzeros(const Plan<T>& plan, const T* values, const EachNonzero& each
   const int64_t plane = lanes::plane_of<T>(input_window(h.geometry));
   std::fill(plan.row_ptr, plan.row_ptr + h.blocks * h.rows + 1, 0u);
   if (h.nnz == 0) return;
+  struct Channel {
+    uint32_t block, offset;
+  };
+  std::vector<Channel> channels(h.channels);  // divisions once a channel, not once a nonzero
+  for (int64_t c = 0; c < h.channels; ++c) channels[c] = {uint32_t(c / h.block), uint32_t(c % h.block * plane)};
   const int64_t grain = std::max<int64_t>(1, h.rows * 8192 / h.nnz);
   parallel_for(h.rows, grain, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row)
-      each_nonzero(row,
-                   [&](int64_t channel, int64_t, int64_t) { ++plan.row_ptr[channel / h.block * h.rows + row + 1]; });
+      each_nonzero(
+          row, [&](int64_t channel, int64_t, int64_t) { ++plan.row_ptr[channels[channel].block * h.rows + row + 1]; });
   });
   for (int64_t i = 0; i < h.blocks * h.rows; ++i) plan.row_ptr[i + 1] += plan.row_ptr[i];
   parallel_for(h.rows, grain, [&](int64_t begin, int64_t end) {
@@ -249,9 +272,9 @@ void list_nonzeros(const Plan<T>& plan, const T* values, const EachNonzero& each
     for (int64_t row = begin; row < end; ++row) {
       for (int64_t b = 0; b < h.blocks; ++b) next[b] = plan.row_ptr[b * h.rows + row];
       each_nonzero(row, [&](int64_t channel, int64_t offset, int64_t k) {
-        const int64_t block = channel / h.block;
-        const uint32_t place = next[block]++;
-        plan.entries[place] = {values ? values[k] : T(0), uint32_t((channel - block * h.block) * plane + offset)};
+        const Channel& at = channels[channel];
+        const uint32_t place = next[at.block]++;
+        plan.entries[place] = {values ? values[k] : T(0), uint32_t(at.offset + offset)};
         plan.source[place] = int32_t(k);
       });
     }
@@ -350,58 +373,74 @@ void fill_grad(const Plan<T>& plan, const ConvShape& s, const ConvWeights<T>& w,
 // Kernels
 // --------------------------------------------------------------------------------------------------------------
 
+// A tile of vectors in registers: loaded from and stored to lines of positions, `step` vectors apart.
+template <class T, int kHeight, int kWidth>
+struct Tile {
+  Vec<T> at[kHeight * kWidth];
+
+  SIMD_INLINE void load(const T* from, int64_t line) {
+#pragma GCC unroll 16
+    for (int h = 0; h < kHeight; ++h, from = simd::opaque(from + line))
+#pragma GCC unroll 16
+      for (int w = 0; w < kWidth; ++w) at[h * kWidth + w] = simd::load(from + w * kLanes<T>);
+  }
+  SIMD_INLINE void store(T* to, int64_t line) const {
+#pragma GCC unroll 16
+    for (int h = 0; h < kHeight; ++h, to = simd::opaque(to + line))
+#pragma GCC unroll 16
+      for (int w = 0; w < kWidth; ++w) simd::store(to + w * kLanes<T>, at[h * kWidth + w]);
+  }
+  // this += value * x
+  template <int kStep>
+  SIMD_INLINE void add_product(T value, const T* x, int64_t line) {
+#pragma GCC unroll 16
+    for (int h = 0; h < kHeight; ++h, x = simd::opaque(x + line))
+#pragma GCC unroll 16
+      for (int w = 0; w < kWidth; ++w) at[h * kWidth + w] += value * simd::load(x + w * kStep * kLanes<T>);
+  }
+  // The sum over the tile of this * x, lane by lane; two chains.
+  template <int kStep>
+  SIMD_INLINE Vec<T> dot(const T* x, int64_t line) const {
+    Vec<T> chain[2] = {};
+#pragma GCC unroll 16
+    for (int h = 0; h < kHeight; ++h, x = simd::opaque(x + line))
+#pragma GCC unroll 16
+      for (int w = 0; w < kWidth; ++w)
+        chain[(h * kWidth + w) % 2] += at[h * kWidth + w] * simd::load(x + w * kStep * kLanes<T>);
+    return chain[0] + chain[1];
+  }
+};
+
 // sums [rows begin .. end) += S * in, for one channel block and tile.
 template <class T, int kHeight, int kWidth, int kStep>
 SIMD_INLINE void sparse_tile(const Entry<T>* entries, const uint32_t* row_ptr, int64_t begin, int64_t end, const T* in,
                              int64_t in_line, T* sums, int64_t row_size, int64_t line) {
+  Tile<T, kHeight, kWidth> tile;
   for (int64_t row = begin; row < end; ++row) {
     const Entry<T>*entry = entries + row_ptr[row], *last = entries + row_ptr[row + 1];
     if (entry == last) continue;
-    T* target = sums + row * row_size;
-    Vec<T> acc[kHeight * kWidth];
-#pragma GCC unroll 16
-    for (int i = 0; i < kHeight * kWidth; ++i) acc[i] = simd::load(target + i / kWidth * line + i % kWidth * kLanes<T>);
-    for (; entry < last; ++entry) {
-      const T* source = in + entry->offset;
-      const T value = entry->value;
-#pragma GCC unroll 16
-      for (int i = 0; i < kHeight * kWidth; ++i)
-        acc[i] += value * simd::load(source + i / kWidth * in_line + i % kWidth * kStep * kLanes<T>);
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < kHeight * kWidth; ++i) simd::store(target + i / kWidth * line + i % kWidth * kLanes<T>, acc[i]);
+    tile.load(sums + row * row_size, line);
+    for (; entry < last; ++entry)
+      tile.template add_product<kStep>(entry->value, simd::opaque(in + entry->offset), in_line);
+    tile.store(sums + row * row_size, line);
   }
 }
 
-// values [entry] += the products of dy's tile with x's, summed over positions and lanes. products: [n rounded up to 8].
+// values [entry] += the products of dy's tile with x's, summed over positions and lanes.
 template <class T, int kHeight, int kWidth, int kStep>
 SIMD_INLINE void sampled_tile(const Entry<T>* entries, const uint32_t* row_ptr, int64_t begin, int64_t end, const T* in,
                               int64_t in_line, const T* dy, int64_t row_size, int64_t line, T* values) {
-  constexpr int kCount = kLanes<T>, kTile = kHeight * kWidth;
+  constexpr int kCount = kLanes<T>;
+  Tile<T, kHeight, kWidth> grad;
   for (int64_t row = begin; row < end; ++row) {
     const int64_t last = row_ptr[row + 1];
     if (row_ptr[row] == last) continue;
-    Vec<T> grad[kTile];
-#pragma GCC unroll 16
-    for (int i = 0; i < kTile; ++i)
-      grad[i] = simd::load(dy + row * row_size + i / kWidth * line + i % kWidth * kLanes<T>);
+    grad.load(dy + row * row_size, line);
     for (int64_t first = row_ptr[row]; first < last; first += kCount) {
-      Vec<T> products[kCount];
+      Vec<T> products[kCount] = {};
       const int64_t count = std::min<int64_t>(kCount, last - first);
-      for (int64_t e = 0; e < count; ++e) {
-        const T* source = in + entries[first + e].offset;
-        Vec<T> even = grad[0] * simd::load(source), odd{};
-#pragma GCC unroll 16
-        for (int i = 1; i < kTile; ++i) {
-          const Vec<T> x = simd::load(source + i / kWidth * in_line + i % kWidth * kStep * kLanes<T>);
-          if (i % 2)
-            odd += grad[i] * x;
-          else
-            even += grad[i] * x;
-        }
-        products[e] = even + odd;
-      }
-      for (int64_t e = count; e < kCount; ++e) products[e] = Vec<T>{};
+      for (int64_t e = 0; e < count; ++e)
+        products[e] = grad.template dot<kStep>(simd::opaque(in + entries[first + e].offset), in_line);
       lanes::transpose(products);
       Vec<T> total = products[0];
       for (int e = 1; e < kCount; ++e) total += products[e];
@@ -545,7 +584,7 @@ SIMD_INLINE void multiply_input(const Plan<T>& plan, const Buffers<T>& b, const 
     if (row_begin == row_end || row_ptr[row_begin] == row_ptr[row_end]) continue;
     const T* in = b.in + channel * b.plane;
     const int64_t in_line = g.reach.step_h * g.in_w() * kLanes<T>, line = g.patch_w * kLanes<T>;
-    with_tile(g, [&](auto height, auto width, auto step) SIMD_LAMBDA() {
+    with_tile<T>(g, [&](auto height, auto width, auto step) SIMD_LAMBDA() {
       for (int64_t top = 0; top < g.strip; top += height)
         for (int64_t left = 0; left < g.patch_w; left += width)
           sparse_tile<T, height, width, step>(plan.entries, row_ptr, row_begin, row_end,
@@ -580,7 +619,7 @@ void run(const Plan<T>& plan, const Image<const T>& in, const T* bias, const Ima
   int64_t quads = 0, aligned = 1;  // rows can be dealt in eights where no part begins within one
   for (int64_t p = 0; p < h.parts_in; ++p) quads += ceil_div(plan.parts[p].rows, kQuad);
   for (int64_t p = h.parts_in; p < h.parts_in + h.parts_out; ++p) aligned &= plan.parts[p].row % kQuad == 0;
-  if (g.items() > 6 || !aligned) {
+  if (!h.shared || !aligned) {
     parallel_for(g.items(), 1, [&](int64_t begin, int64_t end) {
       const Buffers<T> buffers(h);
       simd::run([&] SIMD_LAMBDA() {
@@ -620,12 +659,13 @@ void run(const Plan<T>& plan, const Image<const T>& in, const T* bias, const Ima
   }
 }
 
+// A plan in `memory`, whose arrays are yet to be filled.
 template <class T>
-Plan<T> allocate(Header& h, std::vector<char>& memory) {
-  h.bytes = Plan<T>(nullptr, h).size;
-  memory.resize(h.bytes + 64);
-  void* start = memory.data();
-  size_t space = memory.size();
+Plan<T> allocate(Header h, std::unique_ptr<char[]>& memory) {
+  h.magic = kMagic, h.bytes = Plan<T>(nullptr, h).size;
+  memory.reset(new char[h.bytes + 64]);
+  void* start = memory.get();
+  size_t space = h.bytes + 64;
   std::align(64, h.bytes, start, space);
   *static_cast<Header*>(start) = h;
   return Plan<T>(start, h);
@@ -634,12 +674,40 @@ Plan<T> allocate(Header& h, std::vector<char>& memory) {
 }  // namespace
 
 template <class T>
+int64_t plan_conv2d(const Image<const T>& x, const ConvWeights<T>& w, const Image<T>& y, const ConvShape& shape,
+                    void* memory, const ParallelFor& parallel_for) {
+  Header h = forward_header(shape, w, x, y.height, y.width, w.s.nnz(), y.channels, parallel_for.threads);
+  h.magic = kMagic, h.bytes = Plan<T>(nullptr, h).size;
+  if (memory) {
+    *static_cast<Header*>(memory) = h;
+    fill_forward(Plan<T>(memory, h), shape, w, parallel_for);
+  }
+  return h.bytes;
+}
+
+bool read_plan(const void* memory, int64_t bytes, PlannedConv& sizes) {
+  Header h;
+  if (bytes < int64_t(sizeof h)) return false;
+  std::memcpy(&h, memory, sizeof h);
+  if (h.magic != kMagic || h.bytes != bytes) return false;
+  sizes = {h.element, h.geometry.batch, h.sizes[0], h.sizes[1], h.sizes[2], h.sizes[3], h.sizes[4], h.sizes[5]};
+  return true;
+}
+
+template <class T>
+void run_plan(const void* memory, const Image<const T>& x, const T* bias, const Image<T>& y,
+              const ParallelFor& parallel_for) {
+  void* plan = const_cast<void*>(memory);  // only read
+  run(Plan<T>(plan, *static_cast<const Header*>(plan)), x, bias, y, parallel_for);
+}
+
+template <class T>
 void lrs_conv2d(const Image<const T>& x, const ConvWeights<T>& w, const T* bias, const Image<T>& y,
                 const ConvShape& shape, const ParallelFor& parallel_for) {
   if (shape.batch == 0 || y.height * y.width * y.channels == 0) return;
-  Header h = forward_header(shape, w, x, y.height, y.width, w.s.nnz(), y.channels);
-  std::vector<char> memory;
-  const Plan<T> plan = allocate<T>(h, memory);
+  std::unique_ptr<char[]> memory;
+  const Plan<T> plan =
+      allocate<T>(forward_header(shape, w, x, y.height, y.width, w.s.nnz(), y.channels, parallel_for.threads), memory);
   fill_forward(plan, shape, w, parallel_for);
   run(plan, x, bias, y, parallel_for);
 }
@@ -648,9 +716,8 @@ template <class T>
 void lrs_conv2d_grad_input(const Image<const T>& dy, const ConvWeights<T>& w, const Image<T>& dx,
                            const ConvShape& shape, const ParallelFor& parallel_for) {
   if (shape.batch == 0 || dx.height * dx.width * dx.channels == 0) return;
-  Header h = grad_header(shape, w, dy, dx);
-  std::vector<char> memory;
-  const Plan<T> plan = allocate<T>(h, memory);
+  std::unique_ptr<char[]> memory;
+  const Plan<T> plan = allocate<T>(grad_header(shape, w, dy, dx, parallel_for.threads), memory);
   fill_grad(plan, shape, w, dx.channels, parallel_for);
   run(plan, dy, static_cast<const T*>(nullptr), dx, parallel_for);
 }
@@ -663,9 +730,10 @@ void sparse_conv2d_grad_values(const Image<const T>& x, const Image<const T>& dy
   if (nnz == 0 || shape.batch == 0) return;
   const ConvWeights<T> weights{
       {pattern.rows, pattern.cols, nullptr, pattern.row_ptr, pattern.col_idx}, nullptr, nullptr, 0};
-  Header h = forward_header(shape, weights, x, dy.height, dy.width, nnz, pattern.rows);
-  std::vector<char> memory;
-  const Plan<T> plan = allocate<T>(h, memory);
+  std::unique_ptr<char[]> memory;
+  const Plan<T> plan =
+      allocate<T>(forward_header(shape, weights, x, dy.height, dy.width, nnz, pattern.rows, 4), memory);
+  const Header& h = *plan.head;
   fill_forward(plan, shape, weights, parallel_for);
 
   // Chunks of items, each with its own sums, which are added in order; their number depends on the sizes alone.
@@ -686,7 +754,7 @@ void sparse_conv2d_grad_values(const Image<const T>& x, const Image<const T>& dy
           lanes::pack(dy, g, output_window(g), item, row_begin, row_end, b.sums);
           const int64_t in_line = g.reach.step_h * g.in_w() * kLanes<T>, line = g.patch_w * kLanes<T>;
           for (int64_t block = 0; block < h.blocks; ++block)
-            with_tile(g, [&](auto height, auto width, auto step) SIMD_LAMBDA() {
+            with_tile<T>(g, [&](auto height, auto width, auto step) SIMD_LAMBDA() {
               for (int64_t top = 0; top < g.strip; top += height)
                 for (int64_t left = 0; left < g.patch_w; left += width)
                   sampled_tile<T, height, width, step>(
@@ -708,6 +776,9 @@ void sparse_conv2d_grad_values(const Image<const T>& x, const Image<const T>& dy
 }
 
 #define INSTANTIATE(T)                                                                                                 \
+  template int64_t plan_conv2d(const Image<const T>&, const ConvWeights<T>&, const Image<T>&, const ConvShape&, void*, \
+                               const ParallelFor&);                                                                    \
+  template void run_plan(const void*, const Image<const T>&, const T*, const Image<T>&, const ParallelFor&);           \
   template void lrs_conv2d(const Image<const T>&, const ConvWeights<T>&, const T*, const Image<T>&, const ConvShape&,  \
                            const ParallelFor&);                                                                        \
   template void lrs_conv2d_grad_input(const Image<const T>&, const ConvWeights<T>&, const Image<T>&, const ConvShape&, \

@@ -8,9 +8,13 @@
 
 namespace cmd_ext::cpu {
 
-// Runs body(begin, end) over [0, count) on the caller's thread pool, in pieces of at least `grain`.
-using ParallelFor =
-    std::function<void(int64_t count, int64_t grain, const std::function<void(int64_t, int64_t)>& body)>;
+// Runs body(begin, end) over [0, count) on the caller's pool of `threads` threads, in pieces of at least `grain`.
+using ForBody = std::function<void(int64_t begin, int64_t end)>;
+struct ParallelFor : std::function<void(int64_t count, int64_t grain, const ForBody& body)> {
+  int threads;
+  template <class Run>
+  ParallelFor(const Run& run, int threads = 2) : function(run), threads(threads) {}
+};
 
 // Compressed sparse rows. Columns ascend within a row.
 template <class T>
@@ -70,6 +74,24 @@ struct ConvWeights {
 template <class T>
 void lrs_conv2d(const Image<const T>& x, const ConvWeights<T>& w, const T* bias, const Image<T>& y,
                 const ConvShape& shape, const ParallelFor& parallel_for);
+
+// What lrs_conv2d works out from weights and sizes alone, to be kept between calls: needs `memory` of the returned
+// bytes, 64-byte aligned, and fills it unless it is null. The data of x and y are not read.
+template <class T>
+int64_t plan_conv2d(const Image<const T>& x, const ConvWeights<T>& w, const Image<T>& y, const ConvShape& shape,
+                    void* memory, const ParallelFor& parallel_for);
+
+// The sizes that a plan is for.
+struct PlannedConv {
+  int64_t element, batch, channels, height, width, out_channels, out_height, out_width;
+};
+// False if the memory holds no plan.
+bool read_plan(const void* memory, int64_t bytes, PlannedConv& sizes);
+
+// y = bias + (U V + S) * x with the weights of a plan.
+template <class T>
+void run_plan(const void* memory, const Image<const T>& x, const T* bias, const Image<T>& y,
+              const ParallelFor& parallel_for);
 
 // dx = gradient of lrs_conv2d for x.
 template <class T>

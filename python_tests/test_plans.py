@@ -1,0 +1,149 @@
+"""Plans of the fused convolution: what inference keeps between calls, when it must not, and what it refuses."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from op_bounds import DTYPES, F32, F64
+from test_ops import CONV, LAST, conv_args
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from cmd_ext import CMDConv2d, modules, ops
+
+
+def planned(x, u, v, values, pattern, bias, *geometry) -> torch.Tensor:
+    return ops.planned_lrs_conv2d(x, ops.plan_lrs_conv2d(u, v, values, pattern, x.shape, *geometry), bias)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, LAST], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", [name for name in CONV if name != "batch 0"])
+def test_a_plan_changes_nothing(case, dtype, memory_format):
+    args = conv_args(case, dtype, memory_format)
+    y = planned(*args)
+    assert torch.equal(y, ops.lrs_conv2d(*args))
+    assert y.stride() == ops.lrs_conv2d(*args).stride()
+    assert torch.equal(planned(*args[:5], None, *args[6:]), ops.lrs_conv2d(*args[:5], None, *args[6:]))
+
+
+def fused_layer(**options) -> CMDConv2d:
+    layer = CMDConv2d(6, 8, 3, padding=1, rank=2, density=0.3, **options)
+    layer.backend = "fused"
+    return layer
+
+
+def expected(layer: CMDConv2d, x: torch.Tensor) -> torch.Tensor:
+    geometry = (layer.kernel_size, layer.stride, layer._inner_padding, layer.dilation, layer.groups)
+    return ops.lrs_conv2d(x, layer.u, layer.v, layer.values, layer.pattern, layer.bias, *geometry)
+
+
+def test_plans_are_kept_until_a_parameter_changes():
+    layer, x = fused_layer(), torch.randn(2, 6, 9, 7)
+    with torch.no_grad():
+        layer(x)
+        (plan,) = layer._kept[1].values()
+        layer(x)
+        assert [id(p) for p in layer._kept[1].values()] == [id(plan)]
+        for name in ("u", "v", "values"):
+            getattr(layer, name).mul_(2)
+            assert torch.equal(layer(x), expected(layer, x)), name
+        layer.v = torch.nn.Parameter(torch.randn(2, 54))
+        assert torch.equal(layer(x), expected(layer, x))
+        layer.load_state_dict(fused_layer().state_dict())
+        assert torch.equal(layer(x), expected(layer, x))
+        layer.bias.add_(1)  # no part of a plan
+        assert torch.equal(layer(x), expected(layer, x))
+        layer.double()
+        assert torch.equal(layer(x.double()), expected(layer, x.double()))
+
+
+def test_plans_of_several_sizes():
+    layer = fused_layer()
+    with torch.no_grad():
+        for height in (*range(4, 4 + 2 * modules.MOST_KEPT), 4, 5, 4):
+            x = torch.randn(1 + height % 2, 6, height, 5)
+            assert torch.equal(layer(x), expected(layer, x))
+            assert len(layer._kept[1]) <= modules.MOST_KEPT
+        assert layer(torch.randn(0, 6, 4, 5)).shape == (0, 8, 4, 5)
+        assert layer(torch.randn(6, 4, 5)).shape == (8, 4, 5)
+
+
+def test_threads_may_share_a_layer():
+    layer, xs = fused_layer(), [torch.randn(1, 6, 5 + i % 5, 6) for i in range(40)]
+    with torch.no_grad():
+        want = [expected(layer, x) for x in xs]
+
+    def call(x):
+        with torch.no_grad():
+            return layer(x)
+
+    with ThreadPoolExecutor(4) as pool:
+        for y, same in zip(pool.map(call, xs * 5), want * 5, strict=True):
+            assert torch.equal(y, same)
+
+
+def test_gradients_go_through_frozen_layers():
+    layer = fused_layer().requires_grad_(False)
+    x = torch.randn(2, 6, 5, 5, requires_grad=True)
+    layer(x).sum().backward()
+    assert x.grad is not None
+    assert layer._kept is None
+
+
+def test_a_plan_stays_out_of_copies_and_files():
+    layer, x = fused_layer(), torch.randn(2, 6, 5, 5)
+    with torch.no_grad():
+        y = layer(x)
+        for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+            assert other._kept is None
+            assert torch.equal(other(x), y)
+
+
+def test_traced_calls_use_no_plan():
+    layer, x = fused_layer(), torch.randn(2, 6, 5, 5)
+    with torch.no_grad():
+        traced = torch.jit.trace(layer, x, check_trace=False)
+        other = torch.randn(3, 6, 8, 4)
+        assert torch.equal(traced(other), layer(other))
+        layer._kept = None
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            assert layer(mode.from_tensor(x)).shape == (2, 8, 5, 5)
+        assert layer._kept is None
+    with torch.inference_mode():
+        other = fused_layer()
+        other(x)
+        assert other._kept is None, "tensors of inference mode have no version"
+
+
+def test_autocast_casts_the_weights_of_a_plan():
+    layer, x = fused_layer(), torch.randn(2, 6, 5, 5)
+    with torch.no_grad():
+        plain = layer(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(layer(x), expected(layer, x))
+            assert layer(x).dtype == torch.bfloat16
+        assert torch.equal(layer(x), plain)
+
+
+def test_what_a_plan_does_not_fit_is_refused():
+    x, u, v, values, pattern, bias, *geometry = conv_args("7x7 maps", F32)
+    plan = ops.plan_lrs_conv2d(u, v, values, pattern, x.shape, *geometry)
+    with pytest.raises(ValueError, match=r"x must be of the plan's sizes = \[3, 8, 7, 7\], got \[2, 8, 7, 7\]"):
+        ops.planned_lrs_conv2d(x[:2], plan, bias)
+    with pytest.raises(ValueError, match="x must have the plan's precision"):
+        ops.planned_lrs_conv2d(x.double(), plan, bias.double())
+    with pytest.raises(ValueError, match=r"bias must be \[m\] = \[17\], got \[16\]"):
+        ops.planned_lrs_conv2d(x, plan, bias[:16])
+    for wrong in (plan[:-1], plan[:3], plan.float(), torch.zeros_like(plan), plan[::2]):
+        with pytest.raises(ValueError, match="plan must be what _plan_lrs_conv2d returns"):
+            ops.planned_lrs_conv2d(x, wrong, bias)
+    with pytest.raises(ValueError, match=r"x_size must be \[batch > 0, 8, height, width\], got \[3, 9, 7, 7\]"):
+        ops.plan_lrs_conv2d(u, v, values, pattern, (3, 9, 7, 7), *geometry)
+    with pytest.raises(ValueError, match="smaller than the kernel's span"):
+        ops.plan_lrs_conv2d(u, v, values, pattern, (3, 8, 0, 7), *geometry)
+    with pytest.raises(TypeError, match="v must have the dtype of u"):
+        ops.plan_lrs_conv2d(u, v.to(F64), values, pattern, x.shape, *geometry)
