@@ -1,4 +1,4 @@
-"""python -m cmd_ext.bench [decompose] [ops] [network] [--json FILE]: rows of ours against the best rival a user has.
+"""python -m cmd_ext.bench [group ...] [--json FILE]: rows of ours against the best rival a user has.
 
 Every operator is checked against ref.py before it is timed. `network` needs the images and weights in CMD_EXT_DATA.
 """
@@ -17,6 +17,7 @@ import torch.nn.functional as F
 
 import cmd_ext
 from cmd_ext import data, models, ops, ref, report
+from cmd_ext.bench.conv import bench_backward, bench_conv
 from cmd_ext.bench.timing import HEADER, Row, cpu_seconds, interleaved, machine
 from cmd_ext.calibrate import accuracy
 from cmd_ext.decompose import split_budget
@@ -62,29 +63,6 @@ def bench_ops() -> Iterator[Row]:
         times = interleaved([lambda c=call: ops.lrs_linear(*c), lambda x=x, d=dense: F.linear(x, d)])
         yield Row(f"lrs_linear {m}x{n}, batch {batch}, r = m/8, 5 %", *times, "ms", "F.linear")
 
-    for c, side, batch in ((64, 56, 8), (256, 14, 8), (512, 7, 8)):
-        weight = structured(c, 9 * c)
-        fit = cmd_ext.decompose(weight, rank=c // 8, nnz=weight.numel() // 20, n_iter=1)
-        pattern = ops.Pattern.from_csr(fit.row_ptr, fit.col_idx, 9 * c)
-        dense, x = fit.to_dense().view(c, c, 3, 3), torch.randn(batch, c, side, side)
-        last, last_dense = x.to(memory_format=torch.channels_last), dense.to(memory_format=torch.channels_last)
-        call = (fit.u, fit.v, fit.values, pattern, None, (3, 3), (1, 1), (1, 1))
-        _check(ops.lrs_conv2d(x, *call), ref.lrs_conv2d(x, *call))
-        ours, plain, nhwc = interleaved(
-            [
-                lambda x=x, k=call: ops.lrs_conv2d(x, *k),
-                lambda x=x, d=dense: F.conv2d(x, d, padding=1),
-                lambda x=last, d=last_dense: F.conv2d(x, d, padding=1),
-            ]
-        )
-        yield Row(
-            f"lrs_conv2d 3x3 {c}@{side}, batch {batch}, r = c/8, 5 %",
-            ours,
-            min(plain, nhwc),
-            "ms",
-            "F.conv2d, best layout",
-        )
-
 
 def _check(got: torch.Tensor, want: torch.Tensor) -> None:
     error = ((got - want).norm() / want.norm()).item()
@@ -125,8 +103,14 @@ def bench_network(folder: Path) -> Iterator[Row]:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m cmd_ext.bench", description=__doc__.splitlines()[0])
-    groups = {"decompose": bench_decompose, "ops": bench_ops, "network": bench_network}
-    parser.add_argument("groups", nargs="*", metavar="group", help=f"of {', '.join(groups)}; default: decompose ops")
+    groups = {
+        "decompose": bench_decompose,
+        "ops": bench_ops,
+        "conv": bench_conv,
+        "backward": bench_backward,
+        "network": bench_network,
+    }
+    parser.add_argument("groups", nargs="*", metavar="group", help=f"of {', '.join(groups)}; default: all but network")
     parser.add_argument("--json", type=Path, help="also write the rows here")
     args = parser.parse_args(argv)
     unknown = set(args.groups) - groups.keys()
@@ -138,7 +122,7 @@ def main(argv: list[str] | None = None) -> int:
 
     facts, rows = machine(), []
     print("; ".join(f"{name} {value}" for name, value in facts.items()))
-    for name in args.groups or ("decompose", "ops"):
+    for name in args.groups or [group for group in groups if group != "network"]:
         for row in bench_network(Path(folder)) if name == "network" else groups[name]():
             rows.append(row)
             print(f"{row.name}: {row.ratio:.2f}x", file=sys.stderr)
