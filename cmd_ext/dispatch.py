@@ -18,9 +18,10 @@ from pathlib import Path
 
 import torch
 
-# Time of a multiply-add of the sparse CPU kernels, and of the thin low-rank products, in units of a dense layer's:
-# break-even densities of 3x3 convolutions and linear layers lie near 1/4 on AVX2.
-CPU_SPARSE_COST, CPU_LOWRANK_COST = 4.0, 2.0
+# Time of the fused CPU kernels in units of a dense layer's, on AVX2: fixed part, multiply-adds of S, of the low-rank
+# branch. Convolutions: fitted to 3x3 and 1x1 layers of 16 to 2048 channels, batch 1 to 32, in both memory formats.
+CPU_CONV_COST, CPU_LINEAR_COST = (0.15, 1.9, 1.35), (0.0, 4.0, 2.0)
+CPU_CALL = 1e6  # what a fused call costs more than a dense one, in multiply-adds of a dense layer
 TOKENS = 2048  # assumed before the first call
 
 
@@ -73,6 +74,7 @@ class Work:
     inputs: int
     outputs: int
     dtype: torch.dtype
+    convolution: bool = False
 
     @property
     def density(self) -> float:
@@ -112,7 +114,9 @@ def choose(work: Work, device: torch.device, rebuild: bool) -> str:
     if work.nnz == 0:
         return "lowrank"
     share = work.rank * (work.m + work.groups * work.n) / max(work.m * work.n, 1)
-    worth = CPU_SPARSE_COST * work.density + CPU_LOWRANK_COST * share < 1
+    fixed, sparse, lowrank = CPU_CONV_COST if work.convolution else CPU_LINEAR_COST
+    call = CPU_CALL / max(work.tokens * work.m * work.n, 1)
+    worth = fixed + call + sparse * work.density + lowrank * share < 1
     return "fused" if device.type == "cpu" and worth else "dense"
 
 

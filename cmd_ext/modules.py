@@ -22,6 +22,8 @@ class _LowRankSparse(nn.Module):
     transposed support (rebuilt). The support is fixed while training; loading a state_dict may change it.
     """
 
+    _is_convolution = False
+
     def __init__(self, m: int, n: int, groups: int, rank: int, density: float, bias: bool, device, dtype) -> None:
         super().__init__()
         name, full = type(self).__name__, min(m // groups, n)
@@ -30,8 +32,8 @@ class _LowRankSparse(nn.Module):
         if not 0 <= density <= 1:
             raise ValueError(f"{name}: density must lie in [0, 1], got {density}")
         self.groups, self._backend = groups, "auto"
-        self._tokens, self._inputs_per_token = dispatch.TOKENS, float(n)  # of the latest call
-        # What is kept between calls that record no gradients (see _keep), and the state of the parameters behind it.
+        self._noted, self._tokens, self._inputs_per_token = None, dispatch.TOKENS, float(n)  # of the latest call
+        # The state of the parameters, and what was built from it for calls that need no derivative (see _prepare).
         self._kept: tuple[list, dict] | None = None
         factory = {"device": device, "dtype": dtype}
         nnz = round(density * m * n)
@@ -107,7 +109,7 @@ class _LowRankSparse(nn.Module):
             raise ValueError(f"{type(self).__name__}: backend must be one of {', '.join(BACKENDS)}, got {choice!r}")
         if choice == "lowrank" and self.nnz > 0:
             raise ValueError(f"{type(self).__name__}: backend 'lowrank' needs an empty S, got nnz = {self.nnz}")
-        self._backend = choice
+        self._backend, self._kept = choice, None
 
     @property
     def predicted_ms(self) -> dict[str, float]:
@@ -129,33 +131,37 @@ class _LowRankSparse(nn.Module):
             int(tokens * self._inputs_per_token),
             tokens * m,
             self.u.dtype,
+            self._is_convolution,
         )
 
     def _note_size(self, x: Tensor) -> None:
         """Remembers the size of a call for the choice of the backend (not while tracing: sizes may be symbols)."""
-        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        if torch.compiler.is_compiling() or torch.jit.is_tracing() or x.shape == self._noted:
             return
         tokens = self._tokens_of(x)
         if tokens > 0:
-            self._tokens, self._inputs_per_token = tokens, x.numel() / tokens
+            self._noted, self._tokens, self._inputs_per_token = x.shape, tokens, x.numel() / tokens
 
     def _records_gradients(self) -> bool:
         return torch.is_grad_enabled() and any(p.requires_grad for p in (self.u, self.v, self.values))
 
-    def _may_keep(self, *inputs: Tensor) -> bool:
-        """Whether what is built from the parameters can serve later calls, and this call needs no derivative."""
-        tensors = (self.u, self.v, self.values, self.row_ptr, self.col_idx)
-        derives = self._records_gradients() or (torch.is_grad_enabled() and any(x.requires_grad for x in inputs))
-        traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack() > 0
-        transformed = torch._C._functorch.maybe_current_level() is not None
-        return not (derives or traced or transformed or any(t.is_inference() for t in tensors))
-
-    def _keep(self, key, build) -> Tensor:
-        """`build()` of an earlier call with this key if no parameter has changed since."""
+    def forward(self, x: Tensor) -> Tensor:
+        self._note_size(x)
         sources = (self.u, self.v, self.values, self.row_ptr, self.col_idx)
+        if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *sources)):
+            return self._compute(x)
+        traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack() > 0
+        if traced or torch._C._functorch.maybe_current_level() is not None or any(t.is_inference() for t in sources):
+            return self._compute(x)
+        device = x.device.type
+        cast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         state = [(t.data_ptr(), t._version, t.dtype, t.device) for t in sources]
+        return self._keep(state, (cast, *x.shape), lambda: self._prepare(x, state))(self, x)
+
+    def _keep(self, state: list, key, build):
+        """`build()` of an earlier call with this key, if the state of the parameters is still the same."""
         kept = self._kept
-        if kept is None or kept[0] != state or (key not in kept[1] and len(kept[1]) == MOST_KEPT):
+        if kept is None or kept[0] != state or (key not in kept[1] and len(kept[1]) >= MOST_KEPT):
             kept = self._kept = state, {}
         found = kept[1].get(key)
         if found is None:  # two threads may both build it: the same
@@ -163,9 +169,15 @@ class _LowRankSparse(nn.Module):
                 found = kept[1][key] = build()
         return found
 
-    def _kept_matrix(self) -> Tensor:
-        """U V + S for the dense backend: from the previous call if no parameter has changed since."""
-        return self._keep("matrix", self._matrix) if self._may_keep() else self._matrix()
+    def _prepare(self, x: Tensor, state: list):
+        """A function of (layer, x) for inputs like x, without gradients.
+
+        It holds what depends on the weights alone: W for the dense backend, the plan of a fused convolution.
+        """
+        if self.backend == "dense":
+            matrix = self._keep(state, "matrix", self._matrix)
+            return lambda layer, x: layer._dense(x, matrix)
+        return type(self)._compute
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_kept": None}
@@ -274,14 +286,16 @@ class CMDLinear(_LowRankSparse):
         layer._assign(fit, linear)
         return layer
 
-    def forward(self, x: Tensor) -> Tensor:
-        self._note_size(x)
+    def _compute(self, x: Tensor) -> Tensor:
         backend = self.backend
         if backend == "fused":
             return ops.lrs_linear(x, self.u, self.v, self.values, self.pattern, self.bias)
         if backend == "lowrank":
             return F.linear(F.linear(x, self._v()), self.u, self.bias)
-        return F.linear(x, self._kept_matrix(), self.bias)
+        return self._dense(x, self._matrix())
+
+    def _dense(self, x: Tensor, matrix: Tensor) -> Tensor:
+        return F.linear(x, matrix, self.bias)
 
     def _tokens_of(self, x: Tensor) -> int:
         return x.numel() // max(self.in_features, 1)
@@ -312,6 +326,8 @@ class CMDConv2d(_LowRankSparse):
     Raises:
         ValueError: an argument out of range.
     """
+
+    _is_convolution = True
 
     def __init__(
         self,
@@ -372,23 +388,30 @@ class CMDConv2d(_LowRankSparse):
         if self._pad is not None:
             mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
             x = F.pad(x, self._pad, mode=mode)
-        geometry = (self.stride, self._inner_padding, self.dilation, self.groups)
-        self._note_size(x)
-        backend = self.backend
-        if backend == "fused" and x.device.type == "cpu" and self._may_keep(x) and x.shape[0] > 0:
-            cast = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
-            plan = self._keep((cast, *x.shape), lambda: self._plan(x, geometry))
-            return ops.planned_lrs_conv2d(x, plan, self.bias)
-        if backend == "fused":
-            return ops.lrs_conv2d(x, self.u, self.v, self.values, self.pattern, self.bias, self.kernel_size, *geometry)
-        if backend == "lowrank" and self.rank > 0:
-            z = F.conv2d(x, self._v().view(-1, self.in_channels // self.groups, *self.kernel_size), None, *geometry)
-            return F.conv2d(z, self.u.view(*self.u.shape, 1, 1), self.bias, groups=self.groups)
-        weight = self._kept_matrix().view(self.out_channels, -1, *self.kernel_size)
-        return F.conv2d(x, weight, self.bias, *geometry)
+        return super().forward(x)
 
-    def _plan(self, x: Tensor, geometry) -> Tensor:
-        return ops.plan_lrs_conv2d(self.u, self.v, self.values, self.pattern, x.shape, self.kernel_size, *geometry)
+    @property
+    def _geometry(self) -> tuple:
+        return self.stride, self._inner_padding, self.dilation, self.groups
+
+    def _compute(self, x: Tensor) -> Tensor:
+        backend, kernel = self.backend, self.kernel_size
+        if backend == "fused":
+            return ops.lrs_conv2d(x, self.u, self.v, self.values, self.pattern, self.bias, kernel, *self._geometry)
+        if backend == "lowrank" and self.rank > 0:
+            z = F.conv2d(x, self._v().view(-1, self.in_channels // self.groups, *kernel), None, *self._geometry)
+            return F.conv2d(z, self.u.view(*self.u.shape, 1, 1), self.bias, groups=self.groups)
+        return self._dense(x, self._matrix())
+
+    def _dense(self, x: Tensor, matrix: Tensor) -> Tensor:
+        return F.conv2d(x, matrix.view(self.out_channels, -1, *self.kernel_size), self.bias, *self._geometry)
+
+    def _prepare(self, x: Tensor, state: list):
+        if self.backend != "fused" or x.device.type != "cpu" or x.shape[0] == 0 or x.dtype != self.u.dtype:
+            return super()._prepare(x, state)
+        weights = (self.u, self.v, self.values, self.pattern)
+        plan = ops.plan_lrs_conv2d(*weights, x.shape, self.kernel_size, *self._geometry)
+        return lambda layer, x: ops.planned_lrs_conv2d(x, plan, layer.bias)
 
     def _tokens_of(self, x: Tensor) -> int:
         """Pixels of the output, over the batch."""

@@ -56,6 +56,10 @@ def test_the_cpu_keeps_its_measured_break_even():
     cpu = torch.device("cpu")
     assert dispatch.choose(linear(64, 0.05, torch.float32, rank=64), cpu, False) == "fused"
     assert dispatch.choose(linear(64, 0.3, torch.float32, rank=64), cpu, False) == "dense"
+    conv = dataclasses.replace(linear(64, 0.3, torch.float32, rank=64), convolution=True)
+    assert dispatch.choose(conv, cpu, False) == "fused"
+    assert dispatch.choose(dataclasses.replace(conv, nnz=conv.m * conv.n // 2), cpu, False) == "dense"
+    assert dispatch.choose(linear(1, 0.05, torch.float32, rank=1, size=512), cpu, False) == "dense"
     assert dispatch.choose(linear(64, 0, torch.float32), cpu, False) == "lowrank"
     assert dispatch.choose(linear(64, 0.05, torch.float32), torch.device("meta"), False) == "dense"
 
@@ -147,6 +151,6 @@ def test_inference_tensors_are_rebuilt():
 def test_the_size_of_the_latest_call_is_remembered():
     conv = CMDConv2d(4, 6, 3, stride=2, padding=1, rank=1, density=0.1)
     conv(torch.randn(3, 4, 9, 8))
-    assert conv._work() == Work(6, 36, 1, 1, conv.nnz, 3 * 5 * 4, 3 * 4 * 9 * 8, 3 * 5 * 4 * 6, torch.float32)
+    assert conv._work() == Work(6, 36, 1, 1, conv.nnz, 3 * 5 * 4, 3 * 4 * 9 * 8, 3 * 5 * 4 * 6, torch.float32, True)
     conv(torch.randn(4, 9, 8))
     assert conv._tokens == 20

@@ -96,15 +96,17 @@ def test_lowrank_backend_is_chosen_for_an_empty_s():
 
 
 def test_a_sparse_branch_that_would_be_slower_than_w_is_computed_densely():
-    x = torch.randn(2, 8, 6, 6)
+    x = torch.randn(2, 8, 60, 60)
     for density, backend in ((0.1, "fused"), (0.6, "dense")):
         layer = CMDConv2d.from_dense(conv_of("plain"), rank=1, density=density)
-        assert layer.backend == backend
         want = layer(x)
+        assert layer.backend == backend
         layer.backend = "fused"
         torch.testing.assert_close(layer(x), want, rtol=1e-4, atol=1e-5)
         layer.backend = "auto"
         assert layer.backend == backend
+        layer(x[:1, :, :4, :4])
+        assert layer.backend == "dense", "a call of the fused kernels costs more than so few pixels"
 
 
 def test_backend_refuses_what_it_cannot_do():
@@ -256,10 +258,14 @@ def test_bad_arguments_are_named(build, message):
 
 
 def test_wrong_input_names_both_sizes():
+    linear, conv = CMDLinear(8, 4, rank=0, density=0.1), CMDConv2d(8, 4, 3, rank=1, density=0.1)
+    linear.backend = conv.backend = "fused"
     with pytest.raises(ValueError, match=r"x must be \[\.\.\., n\] with n = v.size\(1\) = 8, got \[2, 9\]"):
-        CMDLinear(8, 4, rank=0, density=0.1)(torch.randn(2, 9))
+        linear(torch.randn(2, 9))
     with pytest.raises(ValueError, match=r"= 8 channels, got \[2, 7, 5, 5\]"):
-        CMDConv2d(8, 4, 3, rank=1, density=0.1)(torch.randn(2, 7, 5, 5))
+        conv(torch.randn(2, 7, 5, 5))
+    with torch.no_grad(), pytest.raises(ValueError, match=r"x_size must be \[batch > 0, 8, .*, got \[2, 7, 5, 5\]"):
+        conv(torch.randn(2, 7, 5, 5))
 
 
 def test_compiles_without_graph_breaks():

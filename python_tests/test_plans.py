@@ -45,9 +45,9 @@ def test_plans_are_kept_until_a_parameter_changes():
     layer, x = fused_layer(), torch.randn(2, 6, 9, 7)
     with torch.no_grad():
         layer(x)
-        (plan,) = layer._kept[1].values()
+        (call,) = layer._kept[1].values()
         layer(x)
-        assert [id(p) for p in layer._kept[1].values()] == [id(plan)]
+        assert [*layer._kept[1].values()] == [call]
         for name in ("u", "v", "values"):
             getattr(layer, name).mul_(2)
             assert torch.equal(layer(x), expected(layer, x)), name
@@ -57,6 +57,11 @@ def test_plans_are_kept_until_a_parameter_changes():
         assert torch.equal(layer(x), expected(layer, x))
         layer.bias.add_(1)  # no part of a plan
         assert torch.equal(layer(x), expected(layer, x))
+        layer.backend = "dense"
+        torch.testing.assert_close(layer(x), expected(layer, x))
+        layer.backend = "fused"
+        with pytest.raises(TypeError, match="u must have the dtype of x"):
+            layer(x.double())
         layer.double()
         assert torch.equal(layer(x.double()), expected(layer, x.double()))
 

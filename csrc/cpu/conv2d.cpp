@@ -426,7 +426,7 @@ SIMD_INLINE void sparse_tile(const Entry<T>* entries, const uint32_t* row_ptr, i
   }
 }
 
-// values [entry] += the products of dy's tile with x's, summed over positions and lanes.
+// values [entry] += the products of dy's tile with x's, summed over positions and lanes; room for kLanes more.
 template <class T, int kHeight, int kWidth, int kStep>
 SIMD_INLINE void sampled_tile(const Entry<T>* entries, const uint32_t* row_ptr, int64_t begin, int64_t end, const T* in,
                               int64_t in_line, const T* dy, int64_t row_size, int64_t line, T* values) {
@@ -444,11 +444,7 @@ SIMD_INLINE void sampled_tile(const Entry<T>* entries, const uint32_t* row_ptr, 
       lanes::transpose(products);
       Vec<T> total = products[0];
       for (int e = 1; e < kCount; ++e) total += products[e];
-      if (count == kCount) {
-        simd::store(values + first, simd::load(values + first) + total);
-        continue;
-      }
-      for (int64_t e = 0; e < count; ++e) values[first + e] += total[e];
+      simd::store(values + first, simd::load(values + first) + total);  // adds zeros beyond the row
     }
   }
 }
@@ -739,9 +735,10 @@ void sparse_conv2d_grad_values(const Image<const T>& x, const Image<const T>& dy
   // Chunks of items, each with its own sums, which are added in order; their number depends on the sizes alone.
   const Geometry& g = h.geometry;
   const int64_t most = std::max<int64_t>(2, (int64_t(64) << 20) / (nnz * int64_t(sizeof(T))));
-  const int64_t chunks = std::min({g.items(), int64_t(16), most});
+  const int64_t chunks = std::min({g.items(), int64_t(8), most});
   const int64_t slices = std::min<int64_t>(ceil_div(8, chunks), ceil_div(h.rows, 8));  // of the rows
-  std::vector<T> partial(chunks * nnz);
+  const int64_t size = nnz + kLanes<T>;
+  std::vector<T> partial(chunks * size);
   parallel_for(chunks * slices, 1, [&](int64_t begin, int64_t end) {
     const Buffers<T> b(h);
     simd::run([&] SIMD_LAMBDA() {
@@ -760,7 +757,7 @@ void sparse_conv2d_grad_values(const Image<const T>& x, const Image<const T>& dy
                   sampled_tile<T, height, width, step>(
                       plan.entries, plan.row_ptr + block * h.rows, row_begin, row_end,
                       b.in + block * h.block * b.plane + top * in_line + left * g.reach.step_w * kLanes<T>, in_line,
-                      b.sums + top * line + left * kLanes<T>, b.row_size, line, partial.data() + chunk * nnz);
+                      b.sums + top * line + left * kLanes<T>, b.row_size, line, partial.data() + chunk * size);
             });
         }
       }
@@ -769,7 +766,7 @@ void sparse_conv2d_grad_values(const Image<const T>& x, const Image<const T>& dy
   parallel_for(nnz, 1 << 14, [&](int64_t begin, int64_t end) {
     for (int64_t e = begin; e < end; ++e) {
       T sum = 0;
-      for (int64_t c = 0; c < chunks; ++c) sum += partial[c * nnz + e];
+      for (int64_t c = 0; c < chunks; ++c) sum += partial[c * size + e];
       dvalues[plan.source[e]] = sum;
     }
   });
