@@ -13,7 +13,7 @@ from torch import Tensor
 from cmd_ext import CMDConv2d
 from cmd_ext.bench.timing import Row, interleaved
 
-LAST, RAW = torch.channels_last, torch.ops.cmd_ext
+LAST = torch.channels_last
 SECONDS = 0.5  # of a comparison
 
 
@@ -118,51 +118,42 @@ def bench_conv() -> Iterator[Row]:
             )
 
 
+def backward(module: torch.nn.Module, x: Tensor, dy: Tensor, *of: str) -> Callable[[], tuple[Tensor, ...]]:
+    """A function that repeats the backward pass of one forward pass, for x and the parameters named in `of`."""
+    module.requires_grad_(False)
+    leaves = [x.clone() if name == "x" else getattr(module, name) for name in of]
+    for leaf in leaves:
+        leaf.requires_grad_()
+    y = module(leaves[of.index("x")] if "x" in of else x)
+    return lambda: torch.autograd.grad(y, leaves, dy, retain_graph=True)
+
+
 def bench_backward() -> Iterator[Row]:
-    for shape, density in itertools.product(SQUARE, (0.05, 0.2)):
-        layer, (x, last) = layer_of(shape, 0, density), images(shape)
-        weight = layer.dense_weight()
-        dy = torch.randn(shape.batch, shape.out_channels, shape.side, shape.side)
-        dy_last, last_weight = dy.contiguous(memory_format=LAST), weight.contiguous(memory_format=LAST)
-        weights, geometry = (layer.u, layer.v, layer.values, *layer.pattern), ((3, 3), (1, 1), (1, 1), (1, 1), 1)
+    wanted = {("dx", 0.05): (5.0, 6.5, 6.5, 6.5), ("dS", 0.05): (10.0,) * 4, ("dS", 0.2): (4.0,) * 4}
+    wanted["all, r = c/8", 0.05] = (3.5,) * 4
+    whole = {"dx": (("x",), ("x",)), "dS": (("values",), ("weight",))}
+    whole["all, r = c/8"] = ("x", "u", "v", "values", "bias"), ("x", "weight", "bias")
+    for (name, (ours, theirs)), density in itertools.product(whole.items(), (0.05, 0.2)):
+        for i, shape in enumerate(SQUARE):
+            layer, (x, last) = layer_of(shape, shape.channels // 8 if len(ours) > 1 else 0, density), images(shape)
+            dy = torch.randn(shape.batch, shape.out_channels, shape.side, shape.side)
+            dy_last = dy.contiguous(memory_format=LAST)
+            mine = backward(layer, last, dy_last, *ours)
+            check_gradients(layer, layer.to_dense(), mine(), x, dy, ours, theirs)
+            plain = backward(layer.to_dense(), x, dy, *theirs)
+            channels_last = backward(layer.to_dense().to(memory_format=LAST), last, dy_last, *theirs)
+            time, *times = interleaved([mine, plain, channels_last], seconds=SECONDS)
+            ratio = wanted[name, density][i] if (name, density) in wanted else None
+            yield Row(f"backward: {name}, {density:.0%}, {shape}", time, min(times), "ms", "dense, best layout", ratio)
 
-        def dense(x, w, dy, which):
-            return torch.ops.aten.convolution_backward(
-                dy, x, w, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [which == 0, which == 1, False]
-            )[which]
 
-        def grad_input(dy=dy_last, weights=weights, x=x, geometry=geometry):
-            return RAW._lrs_conv2d_grad_input(dy, *weights, x.shape[2:], *geometry)
-
-        def grad_values(dy=dy_last, x=last, pattern=layer.pattern, geometry=geometry):
-            return RAW._lrs_conv2d_grad_values(dy, x, *pattern[:2], *geometry)
-
-        dw = dense(x.double(), weight.double(), dy.double(), 1).flatten(1)
-        rows = torch.repeat_interleave(torch.arange(shape.out_channels), layer.row_ptr.diff().long())
-        check(grad_values(), dw[rows, layer.col_idx.long()])
-        check(grad_input(), dense(x.double(), weight.double(), dy.double(), 0))
-        for which, name, ours in ((0, "dx", grad_input), (1, "dS", grad_values)):
-            mine, *theirs = interleaved(
-                [
-                    ours,
-                    lambda w=which, x=x, weight=weight, dy=dy: dense(x, weight, dy, w),
-                    lambda w=which, x=last, weight=last_weight, dy=dy_last: dense(x, weight, dy, w),
-                ],
-                seconds=SECONDS,
-            )
-            wanted = {(0, 0.05): 5.0 if shape.side == 56 else 6.5, (1, 0.05): 10.0, (1, 0.2): 4.0}.get((which, density))
-            yield Row(f"{name}, {density:.0%}, {shape}", mine, min(theirs), "ms", "dense, best layout", wanted)
-    for shape in SQUARE:
-        layer, (x, last) = layer_of(shape, shape.channels // 8, 0.05).requires_grad_(), images(shape)
-        dense = layer.to_dense().requires_grad_()
-        dense_last = layer.to_dense().to(memory_format=LAST).requires_grad_()
-
-        def step(module, x):
-            """A function that runs the backward pass of one forward pass again and again."""
-            leaf = x.clone().requires_grad_()
-            y, leaves = module(leaf), [leaf, *module.parameters()]
-            dy = torch.randn_like(y)
-            return lambda: torch.autograd.grad(y, leaves, dy, retain_graph=True)
-
-        ours, *theirs = interleaved([step(layer, last), step(dense, x), step(dense_last, last)], seconds=SECONDS)
-        yield Row(f"backward, r = c/8, 5 %, {shape}", ours, min(theirs), "ms", "dense, best layout", 3.5)
+def check_gradients(layer, dense, got, x, dy, ours, theirs) -> None:
+    """The gradients of x and S against the dense layer's in float64."""
+    dense = dense.double()
+    want = dict(zip(theirs, backward(dense, x.double(), dy.double(), *theirs)(), strict=True))
+    got = dict(zip(ours, got, strict=True))
+    if "x" in ours:
+        check(got["x"], want["x"])
+    if "values" in ours:
+        rows = torch.repeat_interleave(torch.arange(layer.out_channels), layer.row_ptr.diff().long())
+        check(got["values"], want["weight"].flatten(1)[rows, layer.col_idx.long()])
