@@ -103,7 +103,7 @@ SIMD_INLINE void sparse_tile(const Entry<T>* entries, const uint32_t* row_ptr, i
   }
 }
 
-// values [entry] += the products of dy's tile with x's, summed over positions and lanes; room for kLanes more.
+// values [entry] += the products of dy's tile with x's, summed over positions and lanes.
 template <class T, int kHeight, int kWidth, int kStep>
 SIMD_INLINE void sampled_tile(const Entry<T>* entries, const uint32_t* row_ptr, int64_t begin, int64_t end, const T* in,
                               int64_t in_line, const T* dy, int64_t row_size, int64_t line, T* values) {
@@ -121,7 +121,11 @@ SIMD_INLINE void sampled_tile(const Entry<T>* entries, const uint32_t* row_ptr, 
       lanes::transpose(products);
       Vec<T> total = products[0];
       for (int e = 1; e < kCount; ++e) total += products[e];
-      simd::store(values + first, simd::load(values + first) + total);  // adds zeros beyond the row
+      if (first + kCount <= row_ptr[end]) {  // adds zeros to the next rows, which no other thread works on
+        simd::store(values + first, simd::load(values + first) + total);
+        continue;
+      }
+      for (int64_t e = 0; e < count; ++e) values[first + e] += total[e];
     }
   }
 }
@@ -402,8 +406,7 @@ void sparse_conv2d_grad_values(const Image<const T>& x, const Image<const T>& dy
   const int64_t most = std::max<int64_t>(2, (int64_t(64) << 20) / (nnz * int64_t(sizeof(T))));
   const int64_t chunks = std::min({g.items(), int64_t(8), most});
   const int64_t slices = std::min<int64_t>(ceil_div(8, chunks), ceil_div(h.rows, 8));  // of the rows
-  const int64_t size = nnz + kLanes<T>;
-  std::vector<T> partial(chunks * size);
+  std::vector<T> partial(chunks * nnz);
   parallel_for(chunks * slices, 1, [&](int64_t begin, int64_t end) {
     const Buffers<T> b(h);
     simd::run([&] SIMD_LAMBDA() {
@@ -422,7 +425,7 @@ void sparse_conv2d_grad_values(const Image<const T>& x, const Image<const T>& dy
                   sampled_tile<T, height, width, step>(
                       plan.entries, plan.row_ptr + block * h.rows, row_begin, row_end,
                       b.in + block * h.block * b.plane + top * in_line + left * g.reach.step_w * kLanes<T>, in_line,
-                      b.sums + top * line + left * kLanes<T>, b.row_size, line, partial.data() + chunk * size);
+                      b.sums + top * line + left * kLanes<T>, b.row_size, line, partial.data() + chunk * nnz);
             });
         }
       }
@@ -431,7 +434,7 @@ void sparse_conv2d_grad_values(const Image<const T>& x, const Image<const T>& dy
   parallel_for(nnz, 1 << 14, [&](int64_t begin, int64_t end) {
     for (int64_t e = begin; e < end; ++e) {
       T sum = 0;
-      for (int64_t c = 0; c < chunks; ++c) sum += partial[c * size + e];
+      for (int64_t c = 0; c < chunks; ++c) sum += partial[c * nnz + e];
       dvalues[plan.source[e]] = sum;
     }
   });
