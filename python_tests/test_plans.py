@@ -108,6 +108,7 @@ def test_a_plan_stays_out_of_copies_and_files():
             assert torch.equal(other(x), y)
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.trace")
 def test_traced_calls_use_no_plan():
     layer, x = fused_layer(), torch.randn(2, 6, 5, 5)
     with torch.no_grad():
