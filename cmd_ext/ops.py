@@ -2,9 +2,9 @@
 
 Schemas are in csrc/ops.cpp, the same functions in plain PyTorch in ref.py. S is stored as `values` and a `Pattern`,
 its support in both orientations, so that every gradient is a gather. On the CPU every call checks the support (a plan:
-once); on a GPU that would wait for the device, so `Pattern.from_csr` checks it once. Outputs are contiguous (channels_last where the
-input image is). The kernels give the same bits with any number of threads; torch's GEMM, QR and convolution gradients
-around them may not.
+once); on a GPU that would wait for the device, so `Pattern.from_csr` checks it once. Outputs are contiguous
+(channels_last where the input image is). The kernels give the same bits with any number of threads; torch's GEMM, QR
+and convolution gradients around them may not.
 """
 
 from __future__ import annotations
