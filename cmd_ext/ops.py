@@ -604,6 +604,11 @@ def _(grad, u, v, values, row_ptr, col_idx, col_ptr, row_idx, perm, input_size, 
     return _like_image(grad, (grad.shape[0], channels, *input_size))
 
 
+@register_fake("cmd_ext::_lrs_conv2d_grad_weights")
+def _(grad, x, u, v, row_ptr, col_idx, kernel_size, stride, padding, dilation, groups):
+    return u.new_empty(u.shape), v.new_empty(v.shape), grad.new_empty(col_idx.shape[0])
+
+
 @register_fake("cmd_ext::_lrs_conv2d_grad_values")
 def _(grad, x, row_ptr, col_idx, kernel_size, stride, padding, dilation, groups):
     return grad.new_empty(col_idx.shape[0])
@@ -639,16 +644,23 @@ def _factor_grads(grad, x, u, v, need_u, need_v, geometry):
     return gu.reshape(m, r) if need_u else None, gv.reshape(v.shape) if need_v else None
 
 
+def _weight_grads(grad, x, u, v, pattern, needs, geometry):
+    """Gradients for u, v and values, as far as needed; on the CPU one pass that is not differentiable itself."""
+    need_u, need_v, need_values = needs
+    if u.shape[1] > 0 and all(needs) and grad.device.type == "cpu" and not torch.is_grad_enabled():
+        return _ops._lrs_conv2d_grad_weights(grad, x, u, v, *pattern[:2], *geometry)
+    gu, gv = _factor_grads(grad, x, u, v, need_u, need_v, geometry)
+    return gu, gv, _ops._lrs_conv2d_grad_values(grad, x, *pattern[:2], *geometry) if need_values else None
+
+
 def _conv_backward(ctx, grad):
     """dx by the transposed support, dS on the support only."""
     x, u, v, values, *pattern = ctx.saved_tensors
     need_x, need_u, need_v, need_values, *_, need_bias, _, _, _, _, _ = ctx.needs_input_grad
-    gx = gvalues = None
+    gx = None
     if need_x:
         gx = _ops._lrs_conv2d_grad_input(grad, u, v, values, *pattern, x.shape[2:], *ctx.geometry)
-    gu, gv = _factor_grads(grad, x, u, v, need_u, need_v, ctx.geometry)
-    if need_values:
-        gvalues = _ops._lrs_conv2d_grad_values(grad, x, *pattern[:2], *ctx.geometry)
+    gu, gv, gvalues = _weight_grads(grad, x, u, v, pattern, (need_u, need_v, need_values), ctx.geometry)
     gbias = grad.sum((0, 2, 3)) if need_bias else None
     return gx, gu, gv, gvalues, None, None, None, None, None, gbias, None, None, None, None, None
 
@@ -666,12 +678,10 @@ def _grad_input_backward(ctx, gx):
     """dx is linear in dy and in the weights, so with gx in the place of x these are the layer and its own gradients."""
     grad, u, v, values, *pattern = ctx.saved_tensors
     need_grad, need_u, need_v, need_values, *_ = ctx.needs_input_grad
-    ggrad = gvalues = None
+    ggrad = None
     if need_grad:
         ggrad = _ops.lrs_conv2d(gx, u, v, values, *pattern, None, *ctx.geometry)
-    gu, gv = _factor_grads(grad, gx, u, v, need_u, need_v, ctx.geometry)
-    if need_values:
-        gvalues = _ops._lrs_conv2d_grad_values(grad, gx, *pattern[:2], *ctx.geometry)
+    gu, gv, gvalues = _weight_grads(grad, gx, u, v, pattern, (need_u, need_v, need_values), ctx.geometry)
     return ggrad, gu, gv, gvalues, *[None] * 11
 
 

@@ -6,6 +6,7 @@
 namespace {
 
 using cmd_ext::cpu::ConvShape;
+using cmd_ext::cpu::ConvWeights;
 using cmd_ext::cpu::Csr;
 using cmd_ext::cpu::Image;
 using testing::RandomCsr;
@@ -139,7 +140,9 @@ void check_case(const Case& c, Layout layout) {
 
   // The gaps of a spaced layout are compared too: they must keep their values, all others are overwritten.
   auto before_y = testing::poison<T>(out.size()), before_dx = testing::poison<T>(in.size());
-  std::vector<Sum> want_y(out.size()), want_dx(in.size()), want_dvalues(s.nnz());
+  // The gradients of the weights in one array: du, dv, dvalues.
+  const int64_t dv_at = int64_t(u.size()), dvalues_at = dv_at + int64_t(v.size());
+  std::vector<Sum> want_y(out.size()), want_dx(in.size()), want_dweights(dvalues_at + s.nnz());
   std::vector<char> written_y(out.size()), written_dx(in.size());
   for (int64_t b = 0; b < c.batch; ++b) {
     for (int64_t i = 0; i < c.out_channels; ++i)
@@ -158,19 +161,22 @@ void check_case(const Case& c, Layout layout) {
     const long double value = s.values[k], input = x[in.at(b, j, h, w)], grad = dy[out.at(b, i, oh, ow)];
     want_y[out.at(b, i, oh, ow)].add(value * input);
     want_dx[in.at(b, j, h, w)].add(value * grad);
-    want_dvalues[k].add(grad * input);
+    want_dweights[dvalues_at + k].add(grad * input);
   });
   if (c.rank > 0)
-    for_each_product(
-        c, all, [&](int64_t k, int64_t b, int64_t i, int64_t oh, int64_t ow, int64_t j, int64_t h, int64_t w) {
-          const int64_t column = k % c.columns(), group = i / (c.out_channels / c.groups);
-          const long double input = x[in.at(b, j, h, w)], grad = dy[out.at(b, i, oh, ow)];
-          for (int64_t q = 0; q < c.rank; ++q) {
-            const long double value = (long double)u[i * c.rank + q] * v[(group * c.rank + q) * c.columns() + column];
-            want_y[out.at(b, i, oh, ow)].add(value * input);
-            want_dx[in.at(b, j, h, w)].add(value * grad);
-          }
-        });
+    for_each_product(c, all,
+                     [&](int64_t k, int64_t b, int64_t i, int64_t oh, int64_t ow, int64_t j, int64_t h, int64_t w) {
+                       const int64_t column = k % c.columns(), group = i / (c.out_channels / c.groups);
+                       const long double input = x[in.at(b, j, h, w)], grad = dy[out.at(b, i, oh, ow)];
+                       for (int64_t q = 0; q < c.rank; ++q) {
+                         const int64_t u_at = i * c.rank + q, v_at = (group * c.rank + q) * c.columns() + column;
+                         const long double left = u[u_at], right = v[v_at];
+                         want_y[out.at(b, i, oh, ow)].add(left * right * input);
+                         want_dx[in.at(b, j, h, w)].add(left * right * grad);
+                         want_dweights[u_at].add(grad * right * input);
+                         want_dweights[dv_at + v_at].add(grad * left * input);
+                       }
+                     });
 
   const Image<const T> x_image = in.image(x.data()), dy_image = out.image(dy.data());
   check_kernel<T>("lrs_conv2d", c, layout, before_y, want_y, [&](T* y, const auto& parallel_for) {
@@ -181,10 +187,12 @@ void check_case(const Case& c, Layout layout) {
     cmd_ext::cpu::lrs_conv2d_grad_input(dy_image, {st.csr(), u.data(), v.data(), c.rank}, in.image(dx), c.shape(),
                                         parallel_for);
   });
-  check_kernel<T>("sparse_conv2d_grad_values", c, layout, testing::poison<T>(s.nnz()), want_dvalues,
-                  [&](T* dvalues, const auto& parallel_for) {
-                    cmd_ext::cpu::sparse_conv2d_grad_values(x_image, dy_image, testing::csr_of(s), dvalues, c.shape(),
-                                                            parallel_for);
+  const ConvWeights<T> weights{
+      {s.rows, s.cols, nullptr, s.row_ptr.data(), s.col_idx.data()}, u.data(), v.data(), c.rank};
+  check_kernel<T>("lrs_conv2d_grad_weights", c, layout, testing::poison<T>(want_dweights.size()), want_dweights,
+                  [&](T* out, const auto& parallel_for) {
+                    cmd_ext::cpu::lrs_conv2d_grad_weights(x_image, dy_image, weights, out, out + dv_at,
+                                                          out + dvalues_at, c.shape(), parallel_for);
                   });
 }
 

@@ -381,10 +381,41 @@ Tensor lrs_conv2d_grad_values(const Tensor& grad, const Tensor& x, const Tensor&
   Tensor dvalues = torch::stable::new_empty(dy, {nnz});
   dispatch(type, [&](auto tag) {
     using T = decltype(tag);
-    cpu::sparse_conv2d_grad_values(image_of<T>(input), image_of<T>(dy), pattern.with<T>(dvalues),
-                                   dvalues.mutable_data_ptr<T>(), conv.shape(batch), threads());
+    const cpu::ConvWeights<T> weights{pattern.with<T>(dvalues), nullptr, nullptr, 0};
+    cpu::lrs_conv2d_grad_weights<T>(image_of<T>(input), image_of<T>(dy), weights, nullptr, nullptr,
+                                    dvalues.mutable_data_ptr<T>(), conv.shape(batch), threads());
   });
   return as_type(dvalues, grad.scalar_type());
+}
+
+std::tuple<Tensor, Tensor, Tensor> lrs_conv2d_grad_weights(const Tensor& grad, const Tensor& x, const Tensor& u,
+                                                           const Tensor& v, const Tensor& row_ptr,
+                                                           const Tensor& col_idx, Sizes kernel_size, Sizes stride,
+                                                           Sizes padding, Sizes dilation, int64_t groups) {
+  const Conv conv("_lrs_conv2d_grad_weights", kernel_size, stride, padding, dilation, groups);
+  check_float(conv.op, "grad", grad);
+  check(grad.is_cpu(), conv.op, ": grad must be on the cpu");
+  check_same_dtype(conv.op, "x", x, grad);
+  check_dim(conv.op, "x", x, 4, "[batch, channels, height, width]");
+  const ScalarType type = compute_type(grad);
+  const Tensor dy = as_type(grad, type), input = as_type(x, type), left = dense_as(u, type), right = dense_as(v, type);
+  const int64_t batch = x.size(0);
+  Tensor dvalues = torch::stable::new_empty(dy, {col_idx.numel()});
+  const int64_t channels = check_weights(conv, dy, left, right, dvalues);
+  check(x.size(1) == channels, conv.op, ": x must have v.size(1) / kernel taps * groups = ", channels,
+        " channels, got ", sizes_of(x));
+  const Sizes out = conv.output_size(x.size(2), x.size(3));
+  check_sizes(conv.op, "grad", grad, {batch, u.size(0), out[0], out[1]}, "[batch, m, out_height, out_width]");
+  const Pattern pattern(conv.op, "row_ptr", "col_idx", row_ptr, col_idx, u.size(0), v.size(1), dvalues.numel(), grad);
+  Tensor du = torch::stable::empty_like(left), dv = torch::stable::empty_like(right);
+  dispatch(type, [&](auto tag) {
+    using T = decltype(tag);
+    cpu::lrs_conv2d_grad_weights(image_of<T>(input), image_of<T>(dy), weights_of<T>(pattern, dvalues, left, right),
+                                 du.mutable_data_ptr<T>(), dv.mutable_data_ptr<T>(), dvalues.mutable_data_ptr<T>(),
+                                 conv.shape(batch), threads());
+  });
+  const ScalarType result = grad.scalar_type();
+  return {as_type(du, result), as_type(dv, result), as_type(dvalues, result)};
 }
 
 }  // namespace cmd_ext

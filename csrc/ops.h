@@ -38,5 +38,9 @@ Tensor lrs_conv2d_grad_input(const Tensor& grad, const Tensor& u, const Tensor& 
                              Sizes dilation, int64_t groups);
 Tensor lrs_conv2d_grad_values(const Tensor& grad, const Tensor& x, const Tensor& row_ptr, const Tensor& col_idx,
                               Sizes kernel_size, Sizes stride, Sizes padding, Sizes dilation, int64_t groups);
+std::tuple<Tensor, Tensor, Tensor> lrs_conv2d_grad_weights(const Tensor& grad, const Tensor& x, const Tensor& u,
+                                                           const Tensor& v, const Tensor& row_ptr,
+                                                           const Tensor& col_idx, Sizes kernel_size, Sizes stride,
+                                                           Sizes padding, Sizes dilation, int64_t groups);
 
 }  // namespace cmd_ext

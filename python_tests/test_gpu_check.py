@@ -46,7 +46,7 @@ def test_gradient_checks_pass():
 def test_every_operator_is_checked():
     names = " ".join(name for part in CHECKS for name, _ in CHECKS[part](Target(CPU, True)))
     registered = [n for n in torch._C._dispatch_get_registrations_for_dispatch_key("CPU") if n.startswith("cmd_ext::")]
-    registered = [n for n in registered if "plan" not in n]  # of the CPU alone
+    registered = [n for n in registered if "plan" not in n and "grad_weights" not in n]  # of the CPU alone
     assert len(registered) >= 10
     for name in registered:
         op = name.removeprefix("cmd_ext::")

@@ -1,6 +1,8 @@
-// Convolution with the kernel U V + S in one pass, its gradient for x, and the gradient for the values of S.
+// Convolution with the kernel U V + S in one pass, its gradient for x in one, and those for its weights in one.
 //
-//     y = bias + U (V * x) + S * x          dx = V^T * (U^T dy) + S^T * dy          dvalues = (dy . x) on the support
+//     y = bias + U (V * x) + S * x          dU = dy . z, z = V * x                  dvalues = dy . x on the support
+//     dx = V^T * dz + S^T * dy              dV = dz . x, dz = U^T dy                (a . b: sums of products over
+//     pixels)
 //
 // All run on packed strips whose vector lanes are patches or images (lanes.h), so that every tap is an aligned move.
 // Per item: pack the strip; for each block of channels (what a tile touches of it fits L1) the rank products of V and
@@ -9,14 +11,14 @@
 //      and one FMA with a memory operand per position: the FMA units' peak while the tile hits L1. About 7 ns a row,
 //      block and tile for loading and storing the sums, hence large tiles.
 //   U and V: 4 rows x 3 positions in 12 registers, over channels and taps; weights packed in that order.
-//   dvalues: the tile of dy stays in registers, a nonzero is 14 FMAs with a memory operand into two chains; eight such
-//      vectors are transposed and added into eight sums.
+//   dvalues: eight nonzeros at a time, each with a register of sums: a vector of dy is loaded once for their eight FMAs
+//      with memory operands, at all positions of the strip; the registers are transposed and added into eight sums.
+//   dU and dV: eight registers of sums as well, of 4 rows of dy (dz) and 2 columns of z (x); z and dz by the dense
+//   products.
 // The gradient for x is the same convolution of dy, with one group of output rows per phase of the stride; there the
 // product with U^T comes first, on all of the packed strip. Operations 2 (nnz + rank products) positions; bytes: x and
 // y once each, packed 2.5 times. Everything that depends on weights and sizes alone is a plan (a flat block of memory
 // that can be kept between calls). Results do not depend on the number of threads.
-#include <cstdlib>
-#include <memory>
 #include <vector>
 
 #include "conv2d_plan.h"
@@ -75,17 +77,6 @@ struct Tile {
 #pragma GCC unroll 16
       for (int w = 0; w < kWidth; ++w) at[h * kWidth + w] += value * simd::load(x + w * kStep * kLanes<T>);
   }
-  // The sum over the tile of this * x, lane by lane; two chains.
-  template <int kStep>
-  SIMD_INLINE Vec<T> dot(const T* x, int64_t line) const {
-    Vec<T> chain[2] = {};
-#pragma GCC unroll 16
-    for (int h = 0; h < kHeight; ++h, x = simd::opaque(x + line))
-#pragma GCC unroll 16
-      for (int w = 0; w < kWidth; ++w)
-        chain[(h * kWidth + w) % 2] += at[h * kWidth + w] * simd::load(x + w * kStep * kLanes<T>);
-    return chain[0] + chain[1];
-  }
 };
 
 // sums [rows begin .. end) += S * in, for one channel block and tile.
@@ -103,31 +94,97 @@ SIMD_INLINE void sparse_tile(const Entry<T>* entries, const uint32_t* row_ptr, i
   }
 }
 
-// values [entry] += the products of dy's tile with x's, summed over positions and lanes.
-template <class T, int kHeight, int kWidth, int kStep>
-SIMD_INLINE void sampled_tile(const Entry<T>* entries, const uint32_t* row_ptr, int64_t begin, int64_t end, const T* in,
-                              int64_t in_line, const T* dy, int64_t row_size, int64_t line, T* values) {
-  constexpr int kCount = kLanes<T>;
-  Tile<T, kHeight, kWidth> grad;
-  for (int64_t row = begin; row < end; ++row) {
-    const int64_t last = row_ptr[row + 1];
-    if (row_ptr[row] == last) continue;
-    grad.load(dy + row * row_size, line);
-    for (int64_t first = row_ptr[row]; first < last; first += kCount) {
-      Vec<T> products[kCount] = {};
-      const int64_t count = std::min<int64_t>(kCount, last - first);
-      for (int64_t e = 0; e < count; ++e)
-        products[e] = grad.template dot<kStep>(simd::opaque(in + entries[first + e].offset), in_line);
-      lanes::transpose(products);
-      Vec<T> total = products[0];
-      for (int e = 1; e < kCount; ++e) total += products[e];
-      if (first + kCount <= row_ptr[end]) {  // adds zeros to the next rows, which no other thread works on
-        simd::store(values + first, simd::load(values + first) + total);
-        continue;
-      }
-      for (int64_t e = 0; e < count; ++e) values[first + e] += total[e];
+// The sums of the lanes of kLanes vectors.
+template <class T>
+SIMD_INLINE Vec<T> lane_sums(Vec<T>* r) {
+  lanes::transpose(r);
+  Vec<T> total = (r[0] + r[1]) + (r[2] + r[3]);
+  if constexpr (kLanes<T> == 8) total += (r[4] + r[5]) + (r[6] + r[7]);
+  return total;
+}
+
+// values [i] += the sum over positions and lanes of dy * x at entries[i], for kCount entries. A vector of dy serves
+// them all; few entries get several chains of sums each, for the FMAs of a chain wait for each other.
+template <class T, int kCount>
+SIMD_INLINE void sampled_products(const Entry<T>* entries, const T* in, const int32_t* places, int64_t positions,
+                                  const T* dy, T* values) {
+  constexpr int kWidth = kLanes<T>, kChains = kCount >= 5 ? 1 : kCount >= 3 ? 2 : 4;
+  const T* source[kCount];
+  Vec<T> acc[kChains][kWidth] = {};
+#pragma GCC unroll 8
+  for (int e = 0; e < kCount; ++e) source[e] = in + entries[e].offset;
+  int64_t i = 0;
+  for (; i + kChains <= positions; i += kChains)
+#pragma GCC unroll 4
+    for (int c = 0; c < kChains; ++c) {
+      const Vec<T> grad = simd::load(dy + (i + c) * kWidth);
+      const int64_t place = places[i + c];
+#pragma GCC unroll 8
+      for (int e = 0; e < kCount; ++e) acc[c][e] += grad * simd::load(source[e] + place);
+    }
+  for (; i < positions; ++i)
+#pragma GCC unroll 8
+    for (int e = 0; e < kCount; ++e) acc[0][e] += simd::load(dy + i * kWidth) * simd::load(source[e] + places[i]);
+#pragma GCC unroll 4
+  for (int c = 1; c < kChains; ++c)
+#pragma GCC unroll 8
+    for (int e = 0; e < kCount; ++e) acc[0][e] += acc[c][e];
+  const Vec<T> total = lane_sums<T>(acc[0]);
+  if constexpr (kCount == kWidth) return simd::store(values, simd::load(values) + total);
+#pragma GCC unroll 8
+  for (int e = 0; e < kCount; ++e) values[e] += total[e];
+}
+
+// The same for entries [begin, end).
+template <class T, size_t... kRest>
+SIMD_INLINE void sampled_row(const Entry<T>* entries, int64_t begin, int64_t end, const T* in, const int32_t* places,
+                             int64_t positions, const T* dy, T* values, std::index_sequence<kRest...>) {
+  constexpr int kWidth = kLanes<T>;
+  for (; begin + kWidth <= end; begin += kWidth)
+    sampled_products<T, kWidth>(entries + begin, in, places, positions, dy, values + begin);
+  const auto rest = [&](auto count) SIMD_LAMBDA() {
+    if (end - begin == count) sampled_products<T, count>(entries + begin, in, places, positions, dy, values + begin);
+  };
+  (rest(std::integral_constant<int, kRest + 1>{}), ...);
+}
+
+// out [rows][columns] += the sums over positions and lanes of rows of dy times `in` at columns (up to kLanes / 2 and
+// 2).
+template <class T>
+SIMD_INLINE void lane_products(const T* dy, int64_t row_size, int64_t rows, const T* in, const int32_t* columns,
+                               int64_t column_count, const int32_t* places, int64_t positions, T* out,
+                               int64_t out_row) {
+  constexpr int kWidth = kLanes<T>, kRows = kWidth / 2;
+  const T *left[kRows], *right[2];
+  Vec<T> acc[kWidth] = {};
+#pragma GCC unroll 4
+  for (int64_t i = 0; i < kRows; ++i) left[i] = dy + std::min(i, rows - 1) * row_size;
+  for (int64_t j = 0; j < 2; ++j) right[j] = in + columns[std::min(j, column_count - 1)];
+  for (int64_t p = 0; p < positions; ++p) {
+    const int64_t place = places[p];
+    const Vec<T> x[2] = {simd::load(right[0] + place), simd::load(right[1] + place)};
+#pragma GCC unroll 4
+    for (int i = 0; i < kRows; ++i) {
+      const Vec<T> grad = simd::load(left[i] + p * kWidth);
+      acc[2 * i] += grad * x[0];
+      acc[2 * i + 1] += grad * x[1];
     }
   }
+  const Vec<T> total = lane_sums<T>(acc);
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t j = 0; j < column_count; ++j) out[i * out_row + j] += total[2 * i + j];
+}
+
+// out [rows begin .. end)[columns] += the same for all pairs.
+template <class T>
+SIMD_INLINE void dense_gradient(const T* dy, int64_t row_size, int64_t begin, int64_t end, const T* in,
+                                const std::vector<int32_t>& columns, const int32_t* places, int64_t positions, T* out) {
+  constexpr int64_t kRows = kLanes<T> / 2;
+  const int64_t count = int64_t(columns.size());
+  for (int64_t row = begin; row < end; row += kRows)
+    for (int64_t j = 0; j < count; j += 2)
+      lane_products(dy + row * row_size, row_size, std::min(kRows, end - row), in, columns.data() + j,
+                    std::min<int64_t>(2, count - j), places, positions, out + row * count + j, count);
 }
 
 // out [kRows][kPositions] += weights [channels][taps][kRows] * in at the taps.
@@ -199,39 +256,25 @@ SIMD_INLINE void dense_part(const Plan<T>& plan, const Part& part, int64_t first
   }
 }
 
-// Memory of one item: the packed input, the middle, the sums. Kept by each thread between calls.
+// Memory of one item: the packed input, the middle (for gradients of the weights: and its gradient), the sums.
 template <class T>
 struct Buffers {
-  T *in, *middle, *sums;
   int64_t plane, row_size, middle_size;
+  Scratch<T> memory;
+  T *in, *middle, *sums;
 
-  explicit Buffers(const Header& h) {
-    plane = lanes::plane_of<T>(input_window(h.geometry));
-    row_size = lanes::plane_of<T>(output_window(h.geometry));
-    middle_size = h.middle_on_input ? plane : row_size;
-    const int64_t in_size = round_up(h.channels * plane, 16), sums_size = round_up(h.rows * row_size, 16);
-    in = memory(in_size + sums_size + h.ranks * middle_size);
-    sums = in + in_size, middle = sums + sums_size;
-  }
+  explicit Buffers(const Header& h, int64_t middles = 1)
+      : plane(lanes::plane_of<T>(input_window(h.geometry))),
+        row_size(lanes::plane_of<T>(output_window(h.geometry))),
+        middle_size(h.middle_on_input ? plane : row_size),
+        memory(Slot::strip, size_of_in(h) + size_of_sums(h) + middles * h.ranks * middle_size),
+        in(memory.get()),
+        middle(in + size_of_in(h) + size_of_sums(h)),
+        sums(in + size_of_in(h)) {}
 
  private:
-  struct Free {
-    void operator()(T* p) const { std::free(p); }
-  };
-  static T* memory(int64_t count) {
-    thread_local std::unique_ptr<T, Free> kept;
-    thread_local int64_t size = 0;
-    if (count > size) {
-      kept.reset();
-      size = round_up(count, 4096 / sizeof(T));
-      kept.reset(static_cast<T*>(std::aligned_alloc(4096, size * sizeof(T))));
-      if (!kept) {
-        size = 0;
-        throw std::bad_alloc();
-      }
-    }
-    return kept.get();
-  }
+  int64_t size_of_in(const Header& h) const { return round_up(h.channels * plane, 16); }
+  int64_t size_of_sums(const Header& h) const { return round_up(h.rows * row_size, 16); }
 };
 
 // The middle's quads and the sums' rows [begin, end) of kUnits.
@@ -370,9 +413,8 @@ template <class T>
 void lrs_conv2d(const Image<const T>& x, const ConvWeights<T>& w, const T* bias, const Image<T>& y,
                 const ConvShape& shape, const ParallelFor& parallel_for) {
   if (shape.batch == 0 || y.height * y.width * y.channels == 0) return;
-  std::unique_ptr<char[]> memory;
-  const Plan<T> plan =
-      allocate<T>(forward_header(shape, w, x, y.height, y.width, w.s.nnz(), y.channels, parallel_for.threads), memory);
+  const PlanOfCall<T> call(forward_header(shape, w, x, y.height, y.width, w.s.nnz(), y.channels, parallel_for.threads));
+  const Plan<T>& plan = call.plan;
   fill_forward(plan, shape, w, parallel_for);
   run(plan, x, bias, y, parallel_for);
 }
@@ -381,61 +423,87 @@ template <class T>
 void lrs_conv2d_grad_input(const Image<const T>& dy, const ConvWeights<T>& w, const Image<T>& dx,
                            const ConvShape& shape, const ParallelFor& parallel_for) {
   if (shape.batch == 0 || dx.height * dx.width * dx.channels == 0) return;
-  std::unique_ptr<char[]> memory;
-  const Plan<T> plan = allocate<T>(grad_header(shape, w, dy, dx, parallel_for.threads), memory);
+  const PlanOfCall<T> call(grad_header(shape, w, dy, dx, parallel_for.threads));
+  const Plan<T>& plan = call.plan;
   fill_grad(plan, shape, w, dx.channels, parallel_for);
   run(plan, dy, static_cast<const T*>(nullptr), dx, parallel_for);
 }
 
 template <class T>
-void sparse_conv2d_grad_values(const Image<const T>& x, const Image<const T>& dy, const Csr<T>& pattern, T* dvalues,
-                               const ConvShape& shape, const ParallelFor& parallel_for) {
-  const int64_t nnz = pattern.nnz();
-  std::fill(dvalues, dvalues + nnz, T(0));
-  if (nnz == 0 || shape.batch == 0) return;
-  const ConvWeights<T> weights{
-      {pattern.rows, pattern.cols, nullptr, pattern.row_ptr, pattern.col_idx}, nullptr, nullptr, 0};
-  std::unique_ptr<char[]> memory;
-  const Plan<T> plan =
-      allocate<T>(forward_header(shape, weights, x, dy.height, dy.width, nnz, pattern.rows, 4), memory);
+void lrs_conv2d_grad_weights(const Image<const T>& x, const Image<const T>& dy, const ConvWeights<T>& w, T* du, T* dv,
+                             T* dvalues, const ConvShape& shape, const ParallelFor& parallel_for) {
+  const int64_t nnz = w.s.nnz(), m = w.s.rows, n = w.s.cols, rank = w.rank, groups = shape.groups;
+  const int64_t u_size = m * rank, v_size = groups * rank * n, size = u_size + v_size + nnz;
+  if (shape.batch == 0 || dy.height * dy.width == 0) {
+    std::fill(du, du + u_size, T(0)), std::fill(dv, dv + v_size, T(0)), std::fill(dvalues, dvalues + nnz, T(0));
+    return;
+  }
+  // For a fixed number of threads, so that results do not depend on it.
+  const PlanOfCall<T> call(forward_header(shape, w, x, dy.height, dy.width, nnz, m, 4));
+  const Plan<T>& plan = call.plan;
   const Header& h = *plan.head;
-  fill_forward(plan, shape, weights, parallel_for);
-
-  // Chunks of items, each with its own sums, which are added in order; their number depends on the sizes alone.
   const Geometry& g = h.geometry;
-  const int64_t most = std::max<int64_t>(2, (int64_t(64) << 20) / (nnz * int64_t(sizeof(T))));
-  const int64_t chunks = std::min({g.items(), int64_t(8), most});
-  const int64_t slices = std::min<int64_t>(ceil_div(8, chunks), ceil_div(h.rows, 8));  // of the rows
-  std::vector<T> partial(chunks * nnz);
+  const lanes::Window in_window = input_window(g), out_window = output_window(g);
+  fill_grad_weights(plan, shape, w, parallel_for);
+  std::vector<int32_t> v_columns(n), u_columns(rank), steps(g.positions());
+  for (int64_t c = 0; c < n; ++c)
+    v_columns[c] = int32_t(c / (h.taps - 1) * lanes::plane_of<T>(in_window) + plan.taps[c % (h.taps - 1)]);
+  for (int64_t c = 0; c < rank; ++c) u_columns[c] = int32_t(c * lanes::plane_of<T>(out_window));
+  for (int64_t i = 0; i < g.positions(); ++i) steps[i] = int32_t(i * kLanes<T>);
+
+  // Chunks of items, each with its own sums, which are added in order; where they are few, threads share a chunk's
+  // rows.
+  const int64_t most = std::max<int64_t>(2, (int64_t(64) << 20) / std::max<int64_t>(1, size * int64_t(sizeof(T))));
+  const int64_t chunks = std::min({g.items(), int64_t(8), most}), slices = ceil_div(parallel_for.threads, chunks);
+  const Scratch<T> memory(Slot::sums, chunks * size);
+  T* partial = memory.get();
+  parallel_for(chunks * size, 1 << 16,
+               [&](int64_t begin, int64_t end) { std::fill(partial + begin, partial + end, T(0)); });
+  const auto gradients_of_item = [&](int64_t item, int64_t slice, const Buffers<T>& b, T* sums) SIMD_LAMBDA() {
+    lanes::pack(x, g, in_window, item, 0, h.channels, b.in);
+    // dy, with zeros where no position is: rows and columns beyond the grid are outside of its image.
+    lanes::pack(dy, g, out_window, item, 0, m, b.sums);
+    T *middle_grad = b.middle + h.ranks * b.middle_size, *v_sums = sums + u_size, *values = v_sums + v_size;
+    if (rank > 0) {
+      multiply_input(plan, b, static_cast<const T*>(nullptr), 0, groups * ceil_div(rank, kQuad), 0, 0);
+      std::fill_n(middle_grad, h.ranks * b.middle_size, T(0));
+      for (const Part* part = plan.parts + h.parts_in; part < plan.parts + h.parts_in + h.parts_out; ++part)
+        dense_part(plan, *part, 0, ceil_div(rank, kQuad), 0, m, b.sums, b.row_size, nullptr, g.positions(), middle_grad,
+                   b.middle_size);
+    }
+    const auto share = [&](int64_t rows, int64_t at) { return rows * at / slices; };
+    for (int64_t group = 0; group < groups && rank > 0; ++group) {
+      const int64_t rows = m / groups;
+      dense_gradient(b.sums + group * rows * b.row_size, b.row_size, share(rows, slice), share(rows, slice + 1),
+                     b.middle + group * rank * b.middle_size, u_columns, steps.data(), g.positions(),
+                     sums + group * rows * rank);
+      dense_gradient(middle_grad + group * rank * b.middle_size, b.middle_size, share(rank, slice),
+                     share(rank, slice + 1), b.in + group * h.channels / groups * b.plane, v_columns, plan.places,
+                     g.positions(), v_sums + group * rank * n);
+    }
+    for (int64_t block = 0; block < h.blocks; ++block)
+      for (int64_t row = share(m, slice); row < share(m, slice + 1); ++row) {
+        const uint32_t* range = plan.row_ptr + block * h.rows + row;
+        sampled_row(plan.entries, range[0], range[1], b.in + block * h.block * b.plane, plan.places, g.positions(),
+                    b.sums + row * b.row_size, values, std::make_index_sequence<kLanes<T> - 1>{});
+      }
+  };
   parallel_for(chunks * slices, 1, [&](int64_t begin, int64_t end) {
-    const Buffers<T> b(h);
+    const Buffers<T> buffers(h, 2);
     simd::run([&] SIMD_LAMBDA() {
       for (int64_t task = begin; task < end; ++task) {
-        const int64_t chunk = task / slices, slice = task % slices;
-        const int64_t row_begin = h.rows * slice / slices, row_end = h.rows * (slice + 1) / slices;
-        for (int64_t item = g.items() * chunk / chunks; item < g.items() * (chunk + 1) / chunks; ++item) {
-          lanes::pack(x, g, input_window(g), item, 0, h.channels, b.in);
-          // dy, with zeros where no position is: rows and columns beyond the grid are outside of its image.
-          lanes::pack(dy, g, output_window(g), item, row_begin, row_end, b.sums);
-          const int64_t in_line = g.reach.step_h * g.in_w() * kLanes<T>, line = g.patch_w * kLanes<T>;
-          for (int64_t block = 0; block < h.blocks; ++block)
-            with_tile<T>(g, [&](auto height, auto width, auto step) SIMD_LAMBDA() {
-              for (int64_t top = 0; top < g.strip; top += height)
-                for (int64_t left = 0; left < g.patch_w; left += width)
-                  sampled_tile<T, height, width, step>(
-                      plan.entries, plan.row_ptr + block * h.rows, row_begin, row_end,
-                      b.in + block * h.block * b.plane + top * in_line + left * g.reach.step_w * kLanes<T>, in_line,
-                      b.sums + top * line + left * kLanes<T>, b.row_size, line, partial.data() + chunk * nnz);
-            });
-        }
+        const int64_t chunk = task / slices;
+        for (int64_t item = g.items() * chunk / chunks; item < g.items() * (chunk + 1) / chunks; ++item)
+          gradients_of_item(item, task % slices, buffers, partial + chunk * size);
       }
     });
   });
-  parallel_for(nnz, 1 << 14, [&](int64_t begin, int64_t end) {
-    for (int64_t e = begin; e < end; ++e) {
+  parallel_for(size, 1 << 14, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
       T sum = 0;
-      for (int64_t c = 0; c < chunks; ++c) sum += partial[c * nnz + e];
-      dvalues[plan.source[e]] = sum;
+      for (int64_t c = 0; c < chunks; ++c) sum += partial[c * size + i];
+      T& target = i < u_size ? du[i] : i < u_size + v_size ? dv[i - u_size] : dvalues[plan.source[i - u_size - v_size]];
+      target = sum;
     }
   });
 }
@@ -448,8 +516,8 @@ void sparse_conv2d_grad_values(const Image<const T>& x, const Image<const T>& dy
                            const ParallelFor&);                                                                        \
   template void lrs_conv2d_grad_input(const Image<const T>&, const ConvWeights<T>&, const Image<T>&, const ConvShape&, \
                                       const ParallelFor&);                                                             \
-  template void sparse_conv2d_grad_values(const Image<const T>&, const Image<const T>&, const Csr<T>&, T*,             \
-                                          const ConvShape&, const ParallelFor&);
+  template void lrs_conv2d_grad_weights(const Image<const T>&, const Image<const T>&, const ConvWeights<T>&, T*, T*,   \
+                                        T*, const ConvShape&, const ParallelFor&);
 INSTANTIATE(float)
 INSTANTIATE(double)
 

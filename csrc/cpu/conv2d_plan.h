@@ -5,11 +5,11 @@
 #include <array>
 #include <cmath>
 #include <cstring>
-#include <memory>
 #include <utility>
 #include <vector>
 
 #include "lanes.h"
+#include "scratch.h"
 
 namespace cmd_ext::cpu::conv {
 
@@ -280,6 +280,21 @@ void fill_forward(const Plan<T>& plan, const ConvShape& s, const ConvWeights<T>&
       parallel_for);
 }
 
+// As forward, with U^T from dy to the gradient of the middle in place of U.
+template <class T>
+void fill_grad_weights(const Plan<T>& plan, const ConvShape& s, const ConvWeights<T>& w,
+                       const ParallelFor& parallel_for) {
+  fill_forward(plan, s, w, parallel_for);
+  const Header& h = *plan.head;
+  const int64_t rows = h.rows / s.groups;
+  for (int64_t g = 0; g < h.parts_out; ++g) {
+    Part& part = plan.parts[h.parts_in + g];
+    part = {g * w.rank, w.rank, g * rows, rows, h.taps - 1, 1, part.weight};
+    pack_weights(part, plan.weights,
+                 [&](int64_t i, int64_t c, int64_t) { return w.u[(part.channel + c) * w.rank + i]; });
+  }
+}
+
 template <class T>
 void fill_grad(const Plan<T>& plan, const ConvShape& s, const ConvWeights<T>& w, int64_t dx_channels,
                const ParallelFor& parallel_for) {
@@ -327,16 +342,18 @@ void fill_grad(const Plan<T>& plan, const ConvShape& s, const ConvWeights<T>& w,
       parallel_for);
 }
 
-// A plan in `memory`, whose arrays are yet to be filled.
+// A plan for one call, whose arrays are yet to be filled.
 template <class T>
-Plan<T> allocate(Header h, std::unique_ptr<char[]>& memory) {
-  h.magic = kMagic, h.bytes = Plan<T>(nullptr, h).size;
-  memory.reset(new char[h.bytes + 64]);
-  void* start = memory.get();
-  size_t space = h.bytes + 64;
-  std::align(64, h.bytes, start, space);
-  *static_cast<Header*>(start) = h;
-  return Plan<T>(start, h);
-}
+class PlanOfCall : Scratch<char> {
+ public:
+  explicit PlanOfCall(Header h) : Scratch(Slot::plan, size_of(h)), plan(get(), h) { *plan.head = h; }
+  const Plan<T> plan;
+
+ private:
+  static int64_t size_of(Header& h) {
+    h.magic = kMagic;
+    return h.bytes = Plan<T>(nullptr, h).size;
+  }
+};
 
 }  // namespace cmd_ext::cpu::conv

@@ -98,9 +98,10 @@ template <class T>
 void lrs_conv2d_grad_input(const Image<const T>& dy, const ConvWeights<T>& w, const Image<T>& dx,
                            const ConvShape& shape, const ParallelFor& parallel_for);
 
-// dvalues [nnz] = gradient of lrs_conv2d for the values of S (overwritten).
+// Gradients of lrs_conv2d for its weights (overwritten): du [m, rank], dv [groups * rank, n], dvalues [nnz]. The values
+// of S are not read and may be null.
 template <class T>
-void sparse_conv2d_grad_values(const Image<const T>& x, const Image<const T>& dy, const Csr<T>& pattern, T* dvalues,
-                               const ConvShape& shape, const ParallelFor& parallel_for);
+void lrs_conv2d_grad_weights(const Image<const T>& x, const Image<const T>& dy, const ConvWeights<T>& w, T* du, T* dv,
+                             T* dvalues, const ConvShape& shape, const ParallelFor& parallel_for);
 
 }  // namespace cmd_ext::cpu
