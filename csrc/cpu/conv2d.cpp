@@ -148,43 +148,56 @@ SIMD_INLINE void sampled_row(const Entry<T>* entries, int64_t begin, int64_t end
   (rest(std::integral_constant<int, kRest + 1>{}), ...);
 }
 
-// out [rows][columns] += the sums over positions and lanes of rows of dy times `in` at columns (up to kLanes / 2 and
-// 2).
+// A gradient [rows, columns] whose sums lie in blocks of kLanes / 2 rows by 2 columns, row by row; incomplete blocks at
+// the ends have all kLanes numbers, of which some mean nothing.
 template <class T>
-SIMD_INLINE void lane_products(const T* dy, int64_t row_size, int64_t rows, const T* in, const int32_t* columns,
-                               int64_t column_count, const int32_t* places, int64_t positions, T* out,
-                               int64_t out_row) {
-  constexpr int kWidth = kLanes<T>, kRows = kWidth / 2;
-  const T *left[kRows], *right[2];
+struct Blocked {
+  static constexpr int64_t kRows = kLanes<T> / 2;
+  int64_t rows;
+  std::vector<int32_t> columns;  // where in the packed input they are
+
+  int64_t row_blocks() const { return ceil_div(rows, kRows); }
+  int64_t row_size() const { return round_up(int64_t(columns.size()), 2) * kRows; }
+  int64_t size() const { return row_blocks() * row_size(); }
+  // The place of (row, column).
+  int64_t at(int64_t row, int64_t column) const {
+    return row / kRows * row_size() + column / 2 * kLanes<T> + row % kRows * 2 + column % 2;
+  }
+};
+
+// sums [kLanes] += the sums over positions and lanes of rows of dy times x at two columns.
+template <class T>
+SIMD_INLINE void block_products(const T* const* dy, const T* const* x, const int32_t* places, int64_t positions,
+                                T* sums) {
+  constexpr int kWidth = kLanes<T>;
   Vec<T> acc[kWidth] = {};
-#pragma GCC unroll 4
-  for (int64_t i = 0; i < kRows; ++i) left[i] = dy + std::min(i, rows - 1) * row_size;
-  for (int64_t j = 0; j < 2; ++j) right[j] = in + columns[std::min(j, column_count - 1)];
   for (int64_t p = 0; p < positions; ++p) {
     const int64_t place = places[p];
-    const Vec<T> x[2] = {simd::load(right[0] + place), simd::load(right[1] + place)};
+    const Vec<T> left = simd::load(x[0] + place), right = simd::load(x[1] + place);
 #pragma GCC unroll 4
-    for (int i = 0; i < kRows; ++i) {
-      const Vec<T> grad = simd::load(left[i] + p * kWidth);
-      acc[2 * i] += grad * x[0];
-      acc[2 * i + 1] += grad * x[1];
+    for (int i = 0; i < kWidth / 2; ++i) {
+      const Vec<T> grad = simd::load(dy[i] + p * kWidth);
+      acc[2 * i] += grad * left;
+      acc[2 * i + 1] += grad * right;
     }
   }
-  const Vec<T> total = lane_sums<T>(acc);
-  for (int64_t i = 0; i < rows; ++i)
-    for (int64_t j = 0; j < column_count; ++j) out[i * out_row + j] += total[2 * i + j];
+  simd::store(sums, simd::load(sums) + lane_sums<T>(acc));
 }
 
-// out [rows begin .. end)[columns] += the same for all pairs.
+// Row blocks [begin, end) of sums += dy . in, summed over positions and lanes; dy [rows][positions].
 template <class T>
-SIMD_INLINE void dense_gradient(const T* dy, int64_t row_size, int64_t begin, int64_t end, const T* in,
-                                const std::vector<int32_t>& columns, const int32_t* places, int64_t positions, T* out) {
-  constexpr int64_t kRows = kLanes<T> / 2;
-  const int64_t count = int64_t(columns.size());
-  for (int64_t row = begin; row < end; row += kRows)
-    for (int64_t j = 0; j < count; j += 2)
-      lane_products(dy + row * row_size, row_size, std::min(kRows, end - row), in, columns.data() + j,
-                    std::min<int64_t>(2, count - j), places, positions, out + row * count + j, count);
+SIMD_INLINE void dense_gradient(const Blocked<T>& grad, int64_t begin, int64_t end, const T* dy, int64_t dy_row,
+                                const T* in, const int32_t* places, int64_t positions, T* sums) {
+  const int64_t count = int64_t(grad.columns.size());
+  for (int64_t block = begin; block < end; ++block) {
+    const T* rows[grad.kRows];
+    for (int64_t i = 0; i < grad.kRows; ++i) rows[i] = dy + std::min(block * grad.kRows + i, grad.rows - 1) * dy_row;
+    T* out = sums + block * grad.row_size();
+    for (int64_t j = 0; j < count; j += 2, out += kLanes<T>) {
+      const T* columns[2] = {in + grad.columns[j], in + grad.columns[std::min(j + 1, count - 1)]};
+      block_products(rows, columns, places, positions, out);
+    }
+  }
 }
 
 // out [kRows][kPositions] += weights [channels][taps][kRows] * in at the taps.
@@ -432,27 +445,30 @@ void lrs_conv2d_grad_input(const Image<const T>& dy, const ConvWeights<T>& w, co
 template <class T>
 void lrs_conv2d_grad_weights(const Image<const T>& x, const Image<const T>& dy, const ConvWeights<T>& w, T* du, T* dv,
                              T* dvalues, const ConvShape& shape, const ParallelFor& parallel_for) {
-  const int64_t nnz = w.s.nnz(), m = w.s.rows, n = w.s.cols, rank = w.rank, groups = shape.groups;
-  const int64_t u_size = m * rank, v_size = groups * rank * n, size = u_size + v_size + nnz;
+  const int64_t nnz = w.s.nnz(), m = w.s.rows, n = w.s.cols, rank = w.rank, groups = shape.groups, rows = m / groups;
   if (shape.batch == 0 || dy.height * dy.width == 0) {
-    std::fill(du, du + u_size, T(0)), std::fill(dv, dv + v_size, T(0)), std::fill(dvalues, dvalues + nnz, T(0));
+    std::fill(du, du + m * rank, T(0)), std::fill(dv, dv + groups * rank * n, T(0));
+    std::fill(dvalues, dvalues + nnz, T(0));
     return;
   }
   // For a fixed number of threads, so that results do not depend on it.
-  const PlanOfCall<T> call(forward_header(shape, w, x, dy.height, dy.width, nnz, m, 4));
+  const PlanOfCall<T> call(grad_weights_header(shape, w, x, dy, 4));
   const Plan<T>& plan = call.plan;
   const Header& h = *plan.head;
   const Geometry& g = h.geometry;
   const lanes::Window in_window = input_window(g), out_window = output_window(g);
   fill_grad_weights(plan, shape, w, parallel_for);
-  std::vector<int32_t> v_columns(n), u_columns(rank), steps(g.positions());
-  for (int64_t c = 0; c < n; ++c)
-    v_columns[c] = int32_t(c / (h.taps - 1) * lanes::plane_of<T>(in_window) + plan.taps[c % (h.taps - 1)]);
-  for (int64_t c = 0; c < rank; ++c) u_columns[c] = int32_t(c * lanes::plane_of<T>(out_window));
+  Blocked<T> u_grad{rank > 0 ? rows : 0, std::vector<int32_t>(rank)};  // of one group
+  Blocked<T> v_grad{rank, std::vector<int32_t>(rank > 0 ? n : 0)};
+  for (int64_t c = 0; c < rank; ++c) u_grad.columns[c] = int32_t(c * lanes::plane_of<T>(out_window));
+  for (int64_t c = 0; c < int64_t(v_grad.columns.size()); ++c)
+    v_grad.columns[c] = int32_t(c / (h.taps - 1) * lanes::plane_of<T>(in_window) + plan.taps[c % (h.taps - 1)]);
+  std::vector<int32_t> steps(g.positions());
   for (int64_t i = 0; i < g.positions(); ++i) steps[i] = int32_t(i * kLanes<T>);
 
   // Chunks of items, each with its own sums, which are added in order; where they are few, threads share a chunk's
   // rows.
+  const int64_t group_size = u_grad.size() + v_grad.size(), size = round_up(nnz, kLanes<T>) + groups * group_size;
   const int64_t most = std::max<int64_t>(2, (int64_t(64) << 20) / std::max<int64_t>(1, size * int64_t(sizeof(T))));
   const int64_t chunks = std::min({g.items(), int64_t(8), most}), slices = ceil_div(parallel_for.threads, chunks);
   const Scratch<T> memory(Slot::sums, chunks * size);
@@ -463,7 +479,7 @@ void lrs_conv2d_grad_weights(const Image<const T>& x, const Image<const T>& dy, 
     lanes::pack(x, g, in_window, item, 0, h.channels, b.in);
     // dy, with zeros where no position is: rows and columns beyond the grid are outside of its image.
     lanes::pack(dy, g, out_window, item, 0, m, b.sums);
-    T *middle_grad = b.middle + h.ranks * b.middle_size, *v_sums = sums + u_size, *values = v_sums + v_size;
+    T* middle_grad = b.middle + h.ranks * b.middle_size;
     if (rank > 0) {
       multiply_input(plan, b, static_cast<const T*>(nullptr), 0, groups * ceil_div(rank, kQuad), 0, 0);
       std::fill_n(middle_grad, h.ranks * b.middle_size, T(0));
@@ -471,21 +487,22 @@ void lrs_conv2d_grad_weights(const Image<const T>& x, const Image<const T>& dy, 
         dense_part(plan, *part, 0, ceil_div(rank, kQuad), 0, m, b.sums, b.row_size, nullptr, g.positions(), middle_grad,
                    b.middle_size);
     }
-    const auto share = [&](int64_t rows, int64_t at) { return rows * at / slices; };
-    for (int64_t group = 0; group < groups && rank > 0; ++group) {
-      const int64_t rows = m / groups;
-      dense_gradient(b.sums + group * rows * b.row_size, b.row_size, share(rows, slice), share(rows, slice + 1),
-                     b.middle + group * rank * b.middle_size, u_columns, steps.data(), g.positions(),
-                     sums + group * rows * rank);
-      dense_gradient(middle_grad + group * rank * b.middle_size, b.middle_size, share(rank, slice),
-                     share(rank, slice + 1), b.in + group * h.channels / groups * b.plane, v_columns, plan.places,
-                     g.positions(), v_sums + group * rank * n);
+    const auto share = [&](int64_t count, int64_t at) { return count * at / slices; };
+    T* group_sums = sums + round_up(nnz, kLanes<T>);
+    for (int64_t group = 0; group < h.parts_in; ++group, group_sums += group_size) {
+      dense_gradient(u_grad, share(u_grad.row_blocks(), slice), share(u_grad.row_blocks(), slice + 1),
+                     b.sums + group * rows * b.row_size, b.row_size, b.middle + group * rank * b.middle_size,
+                     steps.data(), g.positions(), group_sums);
+      dense_gradient(v_grad, share(v_grad.row_blocks(), slice), share(v_grad.row_blocks(), slice + 1),
+                     middle_grad + group * rank * b.middle_size, b.middle_size,
+                     b.in + group * h.channels / groups * b.plane, plan.places, g.positions(),
+                     group_sums + u_grad.size());
     }
     for (int64_t block = 0; block < h.blocks; ++block)
       for (int64_t row = share(m, slice); row < share(m, slice + 1); ++row) {
         const uint32_t* range = plan.row_ptr + block * h.rows + row;
         sampled_row(plan.entries, range[0], range[1], b.in + block * h.block * b.plane, plan.places, g.positions(),
-                    b.sums + row * b.row_size, values, std::make_index_sequence<kLanes<T> - 1>{});
+                    b.sums + row * b.row_size, sums, std::make_index_sequence<kLanes<T> - 1>{});
       }
   };
   parallel_for(chunks * slices, 1, [&](int64_t begin, int64_t end) {
@@ -498,12 +515,22 @@ void lrs_conv2d_grad_weights(const Image<const T>& x, const Image<const T>& dy, 
       }
     });
   });
-  parallel_for(size, 1 << 14, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      T sum = 0;
-      for (int64_t c = 0; c < chunks; ++c) sum += partial[c * size + i];
-      T& target = i < u_size ? du[i] : i < u_size + v_size ? dv[i - u_size] : dvalues[plan.source[i - u_size - v_size]];
-      target = sum;
+  parallel_for(size, 1 << 14, [&](int64_t begin, int64_t end) {  // the sums of all chunks into the first
+    for (int64_t c = 1; c < chunks; ++c)
+      for (int64_t i = begin; i < end; ++i) partial[i] += partial[c * size + i];
+  });
+  const T* total = partial + round_up(nnz, kLanes<T>);
+  parallel_for(nnz, 1 << 14, [&](int64_t begin, int64_t end) {
+    for (int64_t e = begin; e < end; ++e) dvalues[plan.source[e]] = partial[e];
+  });
+  const int64_t v_rows = groups * rank, all_rows = rank > 0 ? m + v_rows : 0;
+  parallel_for(all_rows, std::max<int64_t>(1, (1 << 14) / (rank + n)), [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      const bool of_u = row < m;
+      const Blocked<T>& grad = of_u ? u_grad : v_grad;
+      const int64_t r = of_u ? row : row - m, count = int64_t(grad.columns.size());
+      const T* sums = total + r / grad.rows * group_size + (of_u ? 0 : u_grad.size());
+      for (int64_t c = 0; c < count; ++c) (of_u ? du : dv)[r * count + c] = sums[grad.at(r % grad.rows, c)];
     }
   });
 }

@@ -81,6 +81,7 @@ struct Plan {
 struct Load {
   int64_t channels, rows, nnz, blocks, element;
   int64_t dense_in, dense_out;  // multiply-adds of the dense products per packed pixel and per position
+  int64_t sums = 0;             // sums over the positions of the item, for gradients of weights
 };
 
 struct TileShape {
@@ -105,7 +106,8 @@ inline double predict(const Geometry& g, const Load& load, int64_t lane_count, i
   const double sparse =
       positions / tile * (double(load.rows * load.blocks) * 9e-9 + double(load.nnz) * std::max(0.2e-9 * tile, 1.5e-9));
   const double dense = (packed * double(load.dense_in) + positions * double(load.dense_out)) * 0.25e-9;
-  const double item = pack + sparse + dense, items = double(g.items());
+  const double reduce = double(load.sums) * 1e-9;  // their lanes are added once an item
+  const double item = pack + sparse + dense + reduce, items = double(g.items());
   const double dealt = std::ceil(items / threads) * item, together = items * (item / threads * 1.15 + 8e-6);
   shared = together < dealt;
   return std::min(dealt, together);
@@ -165,6 +167,16 @@ Header forward_header(const ConvShape& s, const ConvWeights<T>& w, const Image<c
                     s.pad_h,    s.pad_w};
   const Load load{x.channels, rows, nnz, h.blocks, h.element, 0, h.weights};
   h.geometry = choose_geometry(s.batch, out_h, out_w, reach, load, kLanes<T>, threads, h.shared);
+  return h;
+}
+
+// The header of the gradients for the weights: as forward, with the products that add up u's and v's gradients besides.
+template <class T>
+Header grad_weights_header(const ConvShape& s, const ConvWeights<T>& w, const Image<const T>& x,
+                           const Image<const T>& dy, int threads) {
+  Header h = forward_header(s, w, x, dy.height, dy.width, w.s.nnz(), w.s.rows, threads);
+  const Load load{x.channels, w.s.rows, h.nnz, h.blocks, h.element, 0, 2 * h.weights, h.weights + h.nnz};
+  h.geometry = choose_geometry(s.batch, dy.height, dy.width, h.geometry.reach, load, kLanes<T>, threads, h.shared);
   return h;
 }
 
