@@ -1,10 +1,10 @@
-"""Which way of computing a layer is fastest: a roofline model whose rates are measured once per device.
+"""Which way of computing a layer is fastest, by a model whose rates are measured once per device.
 
 A layer of weight [m, n] at `tokens` rows of x (pixels of y, for a convolution) can be computed "dense" (U V + S is
-rebuilt, then the dense library), "lowrank" (S is empty) or "fused" (the low-rank branch and the sparse kernels). Each
-step takes the larger of its operations over a rate and its bytes over the bandwidth, plus the time of a launch. The
-rates of a GPU come from `python -m cmd_ext gpu-check`, which stores what it measured, else from its generation's data
-sheet; the CPU is judged by measured break-even densities.
+rebuilt, then the dense library), "lowrank" (S is empty: the dense library twice) or "fused" (the kernels of cmd_ext).
+On a GPU each step takes the larger of its operations over a rate and its bytes over the bandwidth, plus the time of a
+launch; the rates come from `python -m cmd_ext gpu-check`, which stores what it measured, else from the generation's data
+sheet. The CPU has a model of its own (cpu_model.py).
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ from __future__ import annotations
 import json
 import os
 import re
+import tempfile
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 
 import torch
 
-# Time of the fused CPU kernels in units of a dense layer's, on AVX2: fixed part, multiply-adds of S, of the low-rank
-# branch. Convolutions: fitted to 3x3 and 1x1 layers of 16 to 2048 channels, batch 1 to 32, in both memory formats.
-CPU_CONV_COST, CPU_LINEAR_COST = (0.15, 1.9, 1.35), (0.0, 4.0, 2.0)
-CPU_CALL = 1e6  # what a fused call costs more than a dense one, in multiply-adds of a dense layer
+from . import cpu_model
+from .work import Work
+
 TOKENS = 2048  # assumed before the first call
 
 
@@ -61,26 +61,6 @@ DATA_SHEETS = {
 }
 
 
-@dataclass(frozen=True)
-class Work:
-    """One call of a layer: weight [m, n] per group row, `inputs` and `outputs` elements of x and y."""
-
-    m: int
-    n: int
-    groups: int
-    rank: int
-    nnz: int
-    tokens: int
-    inputs: int
-    outputs: int
-    dtype: torch.dtype
-    convolution: bool = False
-
-    @property
-    def density(self) -> float:
-        return self.nnz / max(self.m * self.n, 1)
-
-
 def predict(work: Work, rates: DeviceRates, rebuild: bool) -> dict[str, float]:
     """Seconds of one call by backend; `rebuild` says whether the dense weight must be built for it."""
     dtype, element = str(work.dtype).removeprefix("torch."), work.dtype.itemsize
@@ -106,18 +86,19 @@ def predict(work: Work, rates: DeviceRates, rebuild: bool) -> dict[str, float]:
     return {"dense": dense, "fused": fused}
 
 
-def choose(work: Work, device: torch.device, rebuild: bool) -> str:
-    """The backend for a call: the fastest one by the model of the device; "dense" where there are no kernels."""
+def predicted(work: Work, device: torch.device, rebuild: bool) -> dict[str, float]:
+    """Seconds of one call by backend, the possible ones; empty on devices without a model or without our kernels."""
+    if device.type == "cpu":
+        return cpu_model.predict(work, cpu_model.load_rates(cache_folder()), rebuild)
     if device.type == "cuda" and has_cuda_kernels():
-        times = predict(work, load_rates(device), rebuild)
-        return min(times, key=times.get)
-    if work.nnz == 0:
-        return "lowrank"
-    share = work.rank * (work.m + work.groups * work.n) / max(work.m * work.n, 1)
-    fixed, sparse, lowrank = CPU_CONV_COST if work.convolution else CPU_LINEAR_COST
-    call = CPU_CALL / max(work.tokens * work.m * work.n, 1)
-    worth = fixed + call + sparse * work.density + lowrank * share < 1
-    return "fused" if device.type == "cpu" and worth else "dense"
+        return predict(work, load_rates(device), rebuild)
+    return {}
+
+
+def choose(work: Work, device: torch.device, rebuild: bool) -> str:
+    """The backend for a call: the fastest one by the model of the device; without one "dense", for an empty S "lowrank"."""
+    times = predicted(work, device, rebuild) or {"lowrank" if work.nnz == 0 else "dense": 0.0}
+    return min(times, key=times.get)
 
 
 @lru_cache(maxsize=1)
@@ -126,10 +107,17 @@ def has_cuda_kernels() -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key("cmd_ext::lrs_linear", "CUDA")
 
 
+def cache_folder() -> Path:
+    """Where measured rates are kept: $XDG_CACHE_HOME/cmd_ext, by default ~/.cache/cmd_ext."""
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cmd_ext"
+    except RuntimeError:  # a user without a home
+        return Path(tempfile.gettempdir()) / "cmd_ext"
+
+
 def rates_file(name: str) -> Path:
-    """Where the measured rates of a GPU of that name are kept: $XDG_CACHE_HOME/cmd_ext, by default ~/.cache/cmd_ext."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "cmd_ext" / (re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-").lower() + ".json")
+    """The file of the measured rates of a GPU of that name."""
+    return cache_folder() / (re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-").lower() + ".json")
 
 
 def data_sheet(capability: tuple[int, int]) -> DeviceRates:

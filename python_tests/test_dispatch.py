@@ -55,13 +55,17 @@ def test_small_layers_are_bound_by_launches():
 def test_the_cpu_keeps_its_measured_break_even():
     cpu = torch.device("cpu")
     assert dispatch.choose(linear(64, 0.05, torch.float32, rank=64), cpu, False) == "fused"
-    assert dispatch.choose(linear(64, 0.3, torch.float32, rank=64), cpu, False) == "dense"
-    conv = dataclasses.replace(linear(64, 0.3, torch.float32, rank=64), convolution=True)
+    assert dispatch.choose(linear(64, 0.6, torch.float32, rank=64), cpu, False) == "dense"
+    conv = dataclasses.replace(linear(64, 0.2, torch.float32, rank=64), convolution=True)
     assert dispatch.choose(conv, cpu, False) == "fused"
-    assert dispatch.choose(dataclasses.replace(conv, nnz=conv.m * conv.n // 2), cpu, False) == "dense"
-    assert dispatch.choose(linear(1, 0.05, torch.float32, rank=1, size=512), cpu, False) == "dense"
-    assert dispatch.choose(linear(64, 0, torch.float32), cpu, False) == "lowrank"
-    assert dispatch.choose(linear(64, 0.05, torch.float32), torch.device("meta"), False) == "dense"
+    assert dispatch.choose(dataclasses.replace(conv, nnz=conv.m * conv.n // 2, rank=2048), cpu, False) == "dense"
+    assert dispatch.choose(linear(1, 0.3, torch.float32, rank=16, size=64), cpu, False) == "dense"
+
+
+def test_a_device_without_kernels_computes_densely():
+    meta = torch.device("meta")
+    assert dispatch.choose(linear(64, 0.05, torch.float32), meta, False) == "dense"
+    assert dispatch.choose(linear(64, 0, torch.float32), meta, False) == "lowrank"
 
 
 @pytest.mark.parametrize(
