@@ -1,136 +1,533 @@
 // topk_csr: the exactly nnz largest |a| of a matrix, straight into CSR; transpose_csr: its support by columns.
 //
-// Magnitudes of IEEE numbers order like their bit patterns without the sign, so the nnz-th largest is found by radix
-// select: one histogram of the top 11 bits, then of the next 11 bits of the elements that share the winning prefix,
-// and so on (3 passes for float, 6 for double). Each pass reads the matrix once and writes nothing; torch.topk, the
-// alternative, materialises indices and sorts. Two more reads count and write the rows. Bytes: 5 reads of a (float).
-// Every thread fills its own histogram, so the result does not depend on the number of threads.
+// Magnitudes of IEEE numbers order like their bit patterns without the sign: the key of an entry. A fixed sample of
+// about count^(2/3) / 4 entries gives a bracket [low, high] of keys that holds the nnz-th largest but for one case in
+// 10^4. Then
+//
+//   gather   one read of a compresses what may be kept, every key >= low with its column, into scratch (about 1.1 nnz);
+//   select   a histogram of the candidates in the bracket, then nth_element within the one bucket that matters;
+//   write    what passes the threshold goes from scratch to the CSR, which keeps the order of a.
+//
+// Scratch holds at most count / 4 entries and a block per thread. Where more than that would pass (nnz near count,
+// ties) gather keeps the candidates of the bracket alone and counts the rest, or nothing if the bracket is one key, and
+// write reads a again. Where the bracket missed, or is a cluster of more than count / 4, the threshold comes from radix
+// select over a: one read for each 11 bits of the key, no storage, 5 reads in all for float. No input costs more.
+//
+// Compression is 8 floats or 4 doubles at a time with AVX2: the mask of the comparison looks up the lanes to move, and
+// whole vectors are stored, the tail of each overwritten by the next. That is 11 operations and 2 stores for 8 floats,
+// less than the time of reading them, at any density; a branch on empty masks would win below 0.3 % alone.
+// Every piece (one a thread) has its own scratch, counts and output range: the result is that of a stable sort.
 //
 // The transpose is a counting sort by column: two passes over the nonzeros in their order, which makes it stable.
 #include <algorithm>
 #include <array>
+#include <atomic>
+#include <cmath>
+#include <functional>
+#include <limits>
+#include <memory>
+#include <tuple>
+#include <type_traits>
 #include <vector>
 
 #include "kernels.h"
 #include "simd.h"
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
 
 namespace cmd_ext::cpu {
 namespace {
 
-constexpr int kDigitBits = 11, kBuckets = 1 << kDigitBits;
-constexpr int64_t kChunk = 1 << 16;
+constexpr int kBucketBits = 11, kBuckets = 1 << kBucketBits;
+constexpr int64_t kBlock = 4096;        // entries that are handled together, in the first-level cache
+constexpr int64_t kSmall = 1024;        // up to here nth_element needs no help
+constexpr double kMostKept = 0.2;       // share of a that gather may keep, but for chance
+constexpr int64_t kParallel = 1 << 15;  // fewer entries are not worth waking threads
 using Histogram = std::array<int64_t, kBuckets>;
 
 template <class T>
-struct KeyOf;
-template <>
-struct KeyOf<float> {
-  using type = uint32_t;
-  static constexpr type nan = 0x7f800001;
-};
-template <>
-struct KeyOf<double> {
-  using type = uint64_t;
-  static constexpr type nan = 0x7ff0000000000001;
-};
+using Key = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
 template <class T>
-using Key = typename KeyOf<T>::type;
+constexpr Key<T> kMagnitude = std::numeric_limits<Key<T>>::max();  // all bits but the sign
+template <class T>
+constexpr Key<T> kNan = sizeof(T) == 4 ? Key<T>(0x7f800001) : Key<T>(0x7ff0000000000001);
 
 template <class T>
-SIMD_INLINE Key<T> magnitude_key(T value) {
+SIMD_INLINE Key<T> magnitude_bits(T value) {
   Key<T> bits;
   std::memcpy(&bits, &value, sizeof bits);
-  return std::min(bits & (~Key<T>(0) >> 1), KeyOf<T>::nan);  // all NaN tie, whatever their payload
+  return bits & kMagnitude<T>;
+}
+template <class T>
+SIMD_INLINE Key<T> key_of(T value) {
+  return std::min(magnitude_bits(value), kNan<T>);  // all NaN tie, whatever their payload
+}
+// magnitude_bits(x) > limit(key) holds just where key_of(x) > key.
+template <class T>
+Key<T> limit(Key<T> key) {
+  return key < kNan<T> ? key : kMagnitude<T>;
 }
 
-// Counts the digit in bits [low, high) of all keys whose bits from `high` on are `prefix`.
+// Magnitude bits in (below, top].
 template <class T>
-Histogram count_digits(const T* a, int64_t count, int low, int high, Key<T> prefix, const ParallelFor& parallel_for) {
-  const Key<T> mask = (Key<T>(1) << (high - low)) - 1;
-  const bool all = high == int(8 * sizeof(T));
-  const int64_t chunks = (count + kChunk - 1) / kChunk;
-  const int64_t parts = std::min<int64_t>(chunks, 16);
-  std::vector<Histogram> partial(parts, Histogram{});
-  parallel_for(parts, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t part = begin; part < end; ++part) {
-      Histogram& histogram = partial[part];
-      const int64_t first = chunks * part / parts * kChunk;
-      const int64_t last = std::min(count, chunks * (part + 1) / parts * kChunk);
-      for (int64_t i = first; i < last; ++i) {
-        const Key<T> key = magnitude_key(a[i]);
-        if (all || (key >> high) == prefix) ++histogram[(key >> low) & mask];
+struct Range {
+  Key<T> below, top;
+
+  static Range at_least(Key<T> key) { return {Key<T>(key - 1), kMagnitude<T>}; }
+  static Range above(Key<T> key) { return {limit<T>(key), kMagnitude<T>}; }
+  static Range between(Key<T> low, Key<T> high) { return {Key<T>(low - 1), limit<T>(high)}; }
+  bool holds(Key<T> bits) const { return bits > below && bits <= top; }
+};
+
+// Entries in a row: their values, and their columns if they are not consecutive.
+template <class T>
+struct Source {
+  const T* values;
+  int64_t count;
+  const int32_t* cols = nullptr;
+  int32_t first_col = 0;
+
+  Source part(int64_t begin, int64_t end) const {
+    return {values + begin, end - begin, cols ? cols + begin : nullptr, int32_t(first_col + begin)};
+  }
+};
+
+// Room for `room` entries; without columns if cols is null.
+template <class T>
+struct Target {
+  T* values;
+  int32_t* cols;
+  int64_t room;
+};
+
+enum class Columns { none, counted, given };
+
+template <Columns kColumns, class T>
+SIMD_INLINE int64_t compress_scalar(const Source<T>& in, int64_t begin, int64_t end, Range<T> range,
+                                    const Target<T>& out, int64_t found) {
+  for (int64_t j = begin; j < end; ++j) {
+    if (!range.holds(magnitude_bits(in.values[j]))) continue;
+    out.values[found] = in.values[j];
+    if constexpr (kColumns == Columns::counted) out.cols[found] = in.first_col + int32_t(j);
+    if constexpr (kColumns == Columns::given) out.cols[found] = in.cols[j];
+    ++found;
+  }
+  return found;
+}
+
+#if defined(__x86_64__)
+
+// The lanes of a mask's bits, one a byte, lowest first; and of a mask of 4, as pairs of 32-bit lanes.
+constexpr std::array<uint64_t, 256> kLanesOfMask = [] {
+  std::array<uint64_t, 256> table{};
+  for (int mask = 0; mask < 256; ++mask)
+    for (int lane = 7; lane >= 0; --lane)
+      if (mask >> lane & 1) table[mask] = table[mask] << 8 | uint64_t(lane);
+  return table;
+}();
+constexpr std::array<uint64_t, 16> kPairsOfMask = [] {
+  std::array<uint64_t, 16> table{};
+  for (int mask = 0; mask < 16; ++mask)
+    for (int lane = 3; lane >= 0; --lane)
+      if (mask >> lane & 1) table[mask] = table[mask] << 16 | uint64_t(2 * lane + 1) << 8 | uint64_t(2 * lane);
+  return table;
+}();
+
+template <class T>
+__attribute__((target("avx2"), always_inline)) inline __m256i broadcast(Key<T> key) {
+  if constexpr (sizeof(T) == 4)
+    return _mm256_set1_epi32(key);
+  else
+    return _mm256_set1_epi64x(key);
+}
+
+template <Columns kColumns, class T>
+__attribute__((target("avx2,popcnt"))) int64_t compress_avx2(const Source<T>& in, Range<T> range,
+                                                             const Target<T>& out) {
+  constexpr bool kFloat = sizeof(T) == 4;
+  constexpr int kWidth = simd::kLanes<T>;
+  const __m256i magnitude = broadcast<T>(kMagnitude<T>), below = broadcast<T>(range.below),
+                top = broadcast<T>(range.top);
+  const __m256i first = _mm256_set1_epi32(in.first_col);
+  int64_t found = 0, j = 0;
+  for (; j + kWidth <= in.count; j += kWidth) {
+    const __m256i raw = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(in.values + j));
+    const __m256i bits = _mm256_and_si256(raw, magnitude);
+    unsigned mask;
+    __m256i moves;
+    if constexpr (kFloat) {
+      const __m256i inside = _mm256_andnot_si256(_mm256_cmpgt_epi32(bits, top), _mm256_cmpgt_epi32(bits, below));
+      mask = unsigned(_mm256_movemask_ps(_mm256_castsi256_ps(inside)));
+    } else {
+      const __m256i inside = _mm256_andnot_si256(_mm256_cmpgt_epi64(bits, top), _mm256_cmpgt_epi64(bits, below));
+      mask = unsigned(_mm256_movemask_pd(_mm256_castsi256_pd(inside)));
+    }
+    if (found + kWidth > out.room) {  // a whole vector would reach beyond: into another thread's entries, maybe
+      if (mask) found = compress_scalar<kColumns>(in, j, j + kWidth, range, out, found);
+      continue;
+    }
+    const __m128i lanes = _mm_cvtsi64_si128(int64_t(kLanesOfMask[mask]));
+    if constexpr (kFloat)
+      moves = _mm256_cvtepu8_epi32(lanes);
+    else
+      moves = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(int64_t(kPairsOfMask[mask])));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out.values + found), _mm256_permutevar8x32_epi32(raw, moves));
+    if constexpr (kColumns != Columns::none) {
+      const __m256i lane = kFloat ? moves : _mm256_cvtepu8_epi32(lanes);
+      __m256i cols;
+      if constexpr (kColumns == Columns::counted) {
+        cols = _mm256_add_epi32(lane, _mm256_add_epi32(first, _mm256_set1_epi32(int32_t(j))));
+      } else if constexpr (kFloat) {
+        cols = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(in.cols + j));
+        cols = _mm256_permutevar8x32_epi32(cols, lane);
+      } else {
+        cols = _mm256_castsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(in.cols + j)));
+        cols = _mm256_permutevar8x32_epi32(cols, lane);
       }
+      if constexpr (kFloat)
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(out.cols + found), cols);
+      else
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(out.cols + found), _mm256_castsi256_si128(cols));
+    }
+    found += __builtin_popcount(mask);
+  }
+  return compress_scalar<kColumns>(in, j, in.count, range, out, found);
+}
+
+#endif
+
+// Moves the entries of `in` within the range to `out`, in their order; `out` has room for them. Returns their number.
+template <Columns kColumns, class T>
+int64_t compress(const Source<T>& in, Range<T> range, const Target<T>& out) {
+#if defined(__x86_64__)
+  if (simd::isa() == simd::Isa::avx2) return compress_avx2<kColumns>(in, range, out);
+#endif
+  return compress_scalar<kColumns>(in, 0, in.count, range, out, 0);
+}
+
+template <class T>
+int64_t count_within(const T* values, int64_t count, Range<T> range) {
+  int64_t total = 0;
+  simd::run([&] SIMD_LAMBDA() {
+    for (int64_t begin = 0; begin < count; begin += kBlock) {
+      Key<T> within = 0;
+      for (int64_t i = begin; i < std::min(count, begin + kBlock); ++i)
+        within += Key<T>(range.holds(magnitude_bits(values[i])));
+      total += within;
     }
   });
-  Histogram total{};
-  for (const Histogram& histogram : partial)
-    for (int b = 0; b < kBuckets; ++b) total[b] += histogram[b];
   return total;
 }
 
-// The key of the nnz-th largest magnitude (1 <= nnz <= count).
+// Scratch of one piece. All pieces draw on one budget of entries.
 template <class T>
-Key<T> select_key(const T* a, int64_t count, int64_t nnz, const ParallelFor& parallel_for) {
-  constexpr int kKeyBits = 8 * sizeof(T);
-  Key<T> prefix = 0;
-  int64_t wanted = nnz;
-  for (int high = kKeyBits; high > 0;) {
-    const int low = std::max(0, high - kDigitBits);
-    const Histogram histogram = count_digits(a, count, low, high, prefix, parallel_for);
-    int bucket = (1 << (high - low)) - 1;
-    while (histogram[bucket] < wanted) wanted -= histogram[bucket--];
-    prefix = (prefix << (high - low)) | Key<T>(bucket);
-    high = low;
+struct Buffer {
+  std::unique_ptr<T[]> values;
+  std::unique_ptr<int32_t[]> cols;
+  int64_t count = 0, capacity = 0;
+
+  // Makes room for `more` entries; false if the budget is spent.
+  bool reserve(int64_t more, bool with_cols, std::atomic<int64_t>& budget) {
+    if (count + more <= capacity) return true;
+    const int64_t larger = std::max(count + more, capacity + capacity / 4);
+    if ((budget -= larger - capacity) < 0) return false;
+    std::unique_ptr<T[]> moved_values(new T[larger]);
+    std::copy_n(values.get(), count, moved_values.get());
+    values = std::move(moved_values);
+    if (with_cols) {
+      std::unique_ptr<int32_t[]> moved_cols(new int32_t[larger]);
+      std::copy_n(cols.get(), count, moved_cols.get());
+      cols = std::move(moved_cols);
+    }
+    capacity = larger;
+    return true;
   }
-  return prefix;
+};
+
+// The part of one thread: the entries [begin, end) of a.
+template <class T>
+struct Piece {
+  int64_t begin, end;
+  Buffer<T> kept;                   // what gather kept
+  std::vector<int64_t> row_ends;    // where each row ends in `kept`
+  Source<T> candidates;             // where the threshold and its ties are: `kept` or a itself
+  int64_t larger = 0;               // entries above all candidates
+  int64_t above = 0, equal = 0;     // entries above the threshold and at it
+  int64_t ties = 0, first_out = 0;  // how many of the latter are chosen, and where the output begins
+};
+
+// Calls body(row, begin, end) for each row of a piece with the entries of the row that are in the piece.
+template <class T, class Body>
+void for_rows(const Piece<T>& piece, int64_t n, const Body& body) {
+  int64_t begin = piece.begin;
+  for (int64_t row = begin / n; begin < piece.end; ++row) {
+    const int64_t end = std::min(piece.end, (row + 1) * n);
+    body(row, begin, end);
+    begin = end;
+  }
 }
+
+// Keys [low, high] that should hold the nnz-th largest.
+template <class T>
+struct Bracket {
+  Key<T> low = 0, high = kNan<T>;
+  double share = 1, share_from_low = 1;  // of the sample: within, and from low on
+};
+
+// The bounds are 4 standard deviations of the threshold's rank in the sample away from it. One entry is drawn from each
+// of `size` equal stretches, at a place given by a hash, so that no period of the data can match the sample's.
+template <class T>
+Bracket<T> sample_bracket(const T* a, int64_t count, int64_t nnz) {
+  const int64_t size = int64_t(std::pow(double(count), 2.0 / 3) / 4);
+  const int64_t stretch = count / size, reach = std::min<int64_t>(stretch, 1 << 30);
+  std::vector<Key<T>> keys(size);
+  for (int64_t i = 0; i < size; ++i) {
+    const uint64_t hash = (uint64_t(i) * 0x9e3779b97f4a7c15u) >> 32;
+    keys[i] = key_of(a[i * stretch + int64_t(hash * uint64_t(reach) >> 32)]);
+  }
+  const double rank = double(nnz) / double(count) * double(size);
+  const double spread = 4 * std::sqrt(rank * (1 - rank / double(size))) + 4;
+  Bracket<T> bracket;
+  auto end = keys.end();
+  for (const double bound : {rank + spread, rank - spread}) {
+    if (bound < 0 || bound >= double(size)) continue;
+    const auto place = keys.begin() + int64_t(bound);
+    std::nth_element(keys.begin(), place, end, std::greater<Key<T>>());
+    (bound > rank ? bracket.low : bracket.high) = *place;
+    if (bound > rank) end = place;
+  }
+  int64_t from_low = 0, beyond = 0;
+  for (const Key<T> key : keys) {
+    from_low += key >= bracket.low;
+    beyond += key > bracket.high;
+  }
+  bracket.share = double(from_low - beyond) / double(size);
+  bracket.share_from_low = double(from_low) / double(size);
+  return bracket;
+}
+
+template <class T>
+class Selection {
+ public:
+  Selection(const T* a, int64_t m, int64_t n, int64_t nnz, const ParallelFor& parallel_for)
+      : a_(a), n_(n), count_(m * n), nnz_(nnz), parallel_for_(parallel_for) {
+    const int64_t pieces = count_ < kParallel ? 1 : std::max(1, parallel_for.threads);
+    pieces_.resize(pieces);
+    for (int64_t p = 0; p < pieces; ++p) {
+      pieces_[p].begin = count_ / pieces * p;
+      pieces_[p].end = p + 1 < pieces ? count_ / pieces * (p + 1) : count_;
+    }
+  }
+
+  // Finds the threshold and how many ties of it each piece keeps.
+  void find() {
+    if (count_ > kSmall) {
+      const Bracket<T> bracket = sample_bracket(a_, count_, nnz_);
+      if (bracket.low == bracket.high) {
+        search_all();
+        threshold_ = bracket.low;
+        if (place()) return;
+      } else if (gather(bracket) && select(bracket.low, bracket.high) && place()) {
+        return;
+      }
+    }
+    search_all();
+    select(0, kNan<T>);
+    place();
+  }
+
+  void write(T* values, int32_t* row_ptr, int32_t* col_idx) {
+    for_pieces([&](Piece<T>& piece) {
+      const bool gathered = with_cols_;
+      const Source<T> source = gathered ? piece.candidates : Source<T>{a_ + piece.begin, piece.end - piece.begin};
+      const int64_t cut = end_of_ties(piece, source), stop = piece.first_out + piece.above + piece.ties;
+      int64_t out = piece.first_out, done = 0, index = 0;
+      for_rows(piece, n_, [&](int64_t row, int64_t begin, int64_t end) {
+        const int64_t row_end = gathered ? piece.row_ends[index++] : end - piece.begin;
+        const int64_t middle = std::clamp(cut, done, row_end);
+        const int32_t shift = int32_t(begin - row * n_ - done);
+        for (auto [from, to, range] : {std::tuple{done, middle, Range<T>::at_least(threshold_)},
+                                       std::tuple{middle, row_end, Range<T>::above(threshold_)}}) {
+          if (from == to) continue;
+          Source<T> in = source.part(from, to);
+          const Target<T> target{values + out, col_idx + out, stop - out};
+          if (!gathered) in.first_col += shift;
+          out += gathered ? compress<Columns::given>(in, range, target) : compress<Columns::counted>(in, range, target);
+        }
+        done = row_end;
+        if (end == (row + 1) * n_) row_ptr[row + 1] = int32_t(out);
+      });
+    });
+  }
+
+ private:
+  template <class Body>
+  void for_pieces(const Body& body) {
+    if (pieces_.size() == 1) return body(pieces_[0]);
+    parallel_for_(int64_t(pieces_.size()), 1, [&](int64_t begin, int64_t end) {
+      for (int64_t p = begin; p < end; ++p) body(pieces_[p]);
+    });
+  }
+
+  // Makes all of a the candidates.
+  void search_all() {
+    with_cols_ = false;
+    for (Piece<T>& piece : pieces_) {
+      piece.kept = {};
+      piece.candidates = {a_ + piece.begin, piece.end - piece.begin};
+      piece.larger = piece.above = 0;
+    }
+  }
+
+  // Reads a for the candidates; false if they are too many.
+  bool gather(const Bracket<T>& bracket) {
+    with_cols_ = bracket.share_from_low <= kMostKept;
+    const double share = with_cols_ ? bracket.share_from_low : bracket.share;
+    if (share > kMostKept) return false;
+    const Range<T> range = with_cols_ ? Range<T>::at_least(bracket.low) : Range<T>::between(bracket.low, bracket.high);
+    const int64_t pieces = int64_t(pieces_.size());
+    std::atomic<int64_t> budget = count_ / 4 + pieces * kBlock;
+    std::atomic<bool> granted = true;
+    for_pieces([&](Piece<T>& piece) {
+      Buffer<T>& kept = piece.kept;
+      kept.reserve(int64_t(share * 1.1 * double(piece.end - piece.begin)) + kBlock, with_cols_, budget);
+      for_rows(piece, n_, [&](int64_t row, int64_t begin, int64_t end) {
+        for (int64_t block = begin; block < end && granted; block += kBlock) {
+          const Source<T> in{a_ + block, std::min(kBlock, end - block), nullptr, int32_t(block - row * n_)};
+          if (!kept.reserve(in.count, with_cols_, budget)) {
+            granted = false;
+            break;
+          }
+          const Target<T> target{kept.values.get() + kept.count, kept.cols.get() + kept.count,
+                                 kept.capacity - kept.count};
+          if (with_cols_) {
+            kept.count += compress<Columns::counted>(in, range, target);
+          } else {
+            kept.count += compress<Columns::none>(in, range, target);
+            piece.larger += count_within(in.values, in.count, Range<T>::above(bracket.high));
+          }
+        }
+        if (with_cols_) piece.row_ends.push_back(kept.count);
+      });
+      piece.candidates = {kept.values.get(), kept.count, kept.cols.get()};
+    });
+    return granted;
+  }
+
+  // Sets the threshold, if it lies in [low, high]. No candidate is below low.
+  bool select(Key<T> low, Key<T> high) {
+    int64_t inside = 0, rank = nnz_;
+    if (high < kNan<T>) count_candidates(Range<T>::above(high));
+    for (Piece<T>& piece : pieces_) {
+      inside += piece.candidates.count - piece.above;
+      rank -= piece.larger + piece.above;
+    }
+    if (rank < 1 || rank > inside) return false;
+    while (low < high && inside > kSmall) {
+      const int bits = 64 - __builtin_clzll(uint64_t(high - low)), shift = std::max(0, bits - kBucketBits);
+      const Histogram histogram = count_buckets(low, high, shift);
+      int64_t bucket = int64_t(high - low) >> shift;
+      while (histogram[bucket] < rank) rank -= histogram[bucket--];
+      inside = histogram[bucket];
+      low += Key<T>(bucket << shift);
+      high = std::min<Key<T>>(high, low + (Key<T>(1) << shift) - 1);
+    }
+    threshold_ = low < high ? select_few(low, high, inside, rank) : low;
+    return true;
+  }
+
+  Histogram count_buckets(Key<T> low, Key<T> high, int shift) {
+    const Range<T> range = Range<T>::between(low, high);
+    std::vector<Histogram> partial(pieces_.size(), Histogram{});
+    for_pieces([&](Piece<T>& piece) {
+      Histogram& histogram = partial[&piece - pieces_.data()];
+      std::array<T, kBlock> block;
+      for (int64_t begin = 0; begin < piece.candidates.count; begin += kBlock) {
+        const Source<T> in = piece.candidates.part(begin, std::min(piece.candidates.count, begin + kBlock));
+        const int64_t found = compress<Columns::none>(in, range, {block.data(), nullptr, kBlock});
+        for (int64_t i = 0; i < found; ++i) ++histogram[(key_of(block[i]) - low) >> shift];
+      }
+    });
+    Histogram total{};
+    for (const Histogram& histogram : partial)
+      for (int b = 0; b < kBuckets; ++b) total[b] += histogram[b];
+    return total;
+  }
+
+  // The rank-th largest of the `inside` candidates in [low, high].
+  Key<T> select_few(Key<T> low, Key<T> high, int64_t inside, int64_t rank) {
+    std::array<T, kSmall> few;
+    int64_t found = 0;
+    for (const Piece<T>& piece : pieces_)
+      found += compress<Columns::none>(piece.candidates, Range<T>::between(low, high),
+                                       {few.data() + found, nullptr, inside - found});
+    std::nth_element(few.begin(), few.begin() + rank - 1, few.begin() + inside,
+                     [](T x, T y) { return key_of(x) > key_of(y); });
+    return key_of(few[rank - 1]);
+  }
+
+  // piece.above = how many candidates of each piece are within the range.
+  void count_candidates(Range<T> range) {
+    for_pieces(
+        [&](Piece<T>& piece) { piece.above = count_within(piece.candidates.values, piece.candidates.count, range); });
+  }
+
+  // Shares out the output and the ties; false if nnz does not end among the ties of the threshold.
+  bool place() {
+    int64_t ties = nnz_, out = 0;
+    for_pieces([&](Piece<T>& piece) {
+      const Source<T>& in = piece.candidates;
+      piece.above = piece.larger + count_within(in.values, in.count, Range<T>::above(threshold_));
+      piece.equal = count_within(in.values, in.count, Range<T>::between(threshold_, threshold_));
+    });
+    for (const Piece<T>& piece : pieces_) ties -= piece.above;
+    if (ties < 1) return false;
+    for (Piece<T>& piece : pieces_) {
+      piece.ties = std::min(piece.equal, ties);  // ties go to the lower linear index
+      ties -= piece.ties;
+      piece.first_out = out;
+      out += piece.above + piece.ties;
+    }
+    return ties == 0;
+  }
+
+  // The place in a piece up to which ties are kept.
+  int64_t end_of_ties(const Piece<T>& piece, const Source<T>& source) const {
+    if (piece.ties == 0) return 0;
+    if (piece.ties == piece.equal) return source.count;
+    const Range<T> range = Range<T>::between(threshold_, threshold_);
+    int64_t left = piece.ties, place = 0;
+    for (; place < source.count; place += kBlock) {
+      const int64_t equal = count_within(source.values + place, std::min(kBlock, source.count - place), range);
+      if (equal >= left) break;
+      left -= equal;
+    }
+    for (; left > 0; ++place) left -= range.holds(magnitude_bits(source.values[place]));
+    return place;
+  }
+
+  const T* a_;
+  int64_t n_, count_, nnz_;
+  const ParallelFor& parallel_for_;
+  std::vector<Piece<T>> pieces_;
+  Key<T> threshold_ = 0;
+  bool with_cols_ = false;  // the candidates are all that may be written, with their columns
+};
 
 }  // namespace
 
 template <class T>
 void topk_csr(const T* a, int64_t m, int64_t n, int64_t nnz, T* values, int32_t* row_ptr, int32_t* col_idx,
               const ParallelFor& parallel_for) {
-  std::fill(row_ptr, row_ptr + m + 1, 0);
-  if (nnz == 0) return;
-  const Key<T> threshold = select_key(a, m * n, nnz, parallel_for);
-
-  std::vector<int64_t> above(m), equal(m);
-  const int64_t row_grain = std::max<int64_t>(1, (1 << 15) / n);
-  parallel_for(m, row_grain, [&](int64_t begin, int64_t end) {
-    simd::run([&] SIMD_LAMBDA() {
-      for (int64_t i = begin; i < end; ++i) {
-        int64_t more = 0, same = 0;
-        for (int64_t j = 0; j < n; ++j) {
-          const Key<T> key = magnitude_key(a[i * n + j]);
-          more += key > threshold;
-          same += key == threshold;
-        }
-        above[i] = more;
-        equal[i] = same;
-      }
-    });
-  });
-
-  int64_t ties = nnz;
-  for (int64_t i = 0; i < m; ++i) ties -= above[i];
-  for (int64_t i = 0; i < m; ++i) {
-    equal[i] = std::min(equal[i], ties);  // ties go to the lower linear index
-    ties -= equal[i];
-    row_ptr[i + 1] = int32_t(row_ptr[i] + above[i] + equal[i]);
+  if (nnz == 0) {
+    std::fill(row_ptr, row_ptr + m + 1, 0);
+    return;
   }
-
-  parallel_for(m, row_grain, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      int64_t out = row_ptr[i], quota = equal[i];
-      for (int64_t j = 0; out < row_ptr[i + 1]; ++j) {
-        const T value = a[i * n + j];
-        const Key<T> key = magnitude_key(value);
-        if (key < threshold || (key == threshold && quota-- <= 0)) continue;
-        values[out] = value;
-        col_idx[out++] = int32_t(j);
-      }
-    }
-  });
+  row_ptr[0] = 0;
+  Selection<T> selection(a, m, n, nnz, parallel_for);
+  selection.find();
+  selection.write(values, row_ptr, col_idx);
 }
 
 template void topk_csr(const float*, int64_t, int64_t, int64_t, float*, int32_t*, int32_t*, const ParallelFor&);
