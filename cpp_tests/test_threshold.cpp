@@ -37,6 +37,26 @@ std::vector<Input<T>> inputs() {
   };
 }
 
+// Inputs that a sample may misjudge: in a matrix of about 10^5 entries, what is small for it is met by few of its
+// draws.
+template <class T>
+std::vector<Input<T>> deceptive_inputs() {
+  return {
+      {"sorted", [](int64_t i) { return T(i); }},
+      {"sorted backwards", [](int64_t i) { return T(-1) / T(i + 1); }},
+      {"period of the sample", [](int64_t i) { return i % 185 ? T(testing::uniform()) : T(2 + testing::uniform()); }},
+      {"constant blocks", [](int64_t i) { return T(i / 5000 * 7 % 13); }},
+      {"one huge cluster", [](int64_t i) { return i % 50 ? T(1) : T(testing::uniform() * 3); }},
+      {"two clusters, their border at a fifth", [](int64_t i) { return i % 5 ? T(1) : T(2); }},
+      {"two clusters, narrow ones", [](int64_t i) { return T(1 + i % 2) + T(testing::uniform()) * T(1e-4); }},
+      {"large entries in one stretch", [](int64_t i) { return T(testing::uniform()) * (i < 9000 ? T(100) : T(1)); }},
+      {"large entries at the end", [](int64_t i) { return T(testing::uniform()) * (i < 91000 ? T(1) : T(100)); }},
+      {"mostly zeros", [](int64_t i) { return i % 17 ? T(i % 2 ? 0.0 : -0.0) : T(testing::uniform()); }},
+      {"mostly NaN", [](int64_t i) { return i % 9 ? Limits<T>::quiet_NaN() : T(testing::uniform()); }},
+      {"heavy tail", [](int64_t) { return T(std::pow(testing::uniform(), -3)); }},
+  };
+}
+
 template <class T>
 void check_case(const Input<T>& input, int64_t m, int64_t n, int64_t nnz) {
   std::vector<T> a(m * n);
@@ -58,13 +78,16 @@ void check_case(const Input<T>& input, int64_t m, int64_t n, int64_t nnz) {
   }
   std::partial_sum(want_row_ptr.begin(), want_row_ptr.end(), want_row_ptr.begin());
 
-  for (const auto& [split, parallel_for] : testing::splits()) {
-    auto values = testing::poison<T>(nnz);
-    std::vector<int32_t> row_ptr(m + 1, -1), col_idx(nnz, -1);
-    topk_csr(a.data(), m, n, nnz, values.data(), row_ptr.data(), col_idx.data(), parallel_for);
-    CHECK(testing::same_bits(values, want_values) && row_ptr == want_row_ptr && col_idx == want_col_idx, input.name,
-          "float", 8 * sizeof(T), m, 'x', n, "nnz", nnz, split);
-  }
+  for (const auto& [split, parallel_for] : testing::splits())
+    for (int threads : {1, 2, 5}) {
+      cmd_ext::cpu::ParallelFor pool = parallel_for;
+      pool.threads = threads;
+      auto values = testing::poison<T>(nnz);
+      std::vector<int32_t> row_ptr(m + 1, -1), col_idx(nnz, -1);
+      topk_csr(a.data(), m, n, nnz, values.data(), row_ptr.data(), col_idx.data(), pool);
+      CHECK(testing::same_bits(values, want_values) && row_ptr == want_row_ptr && col_idx == want_col_idx, input.name,
+            "float", 8 * sizeof(T), m, 'x', n, "nnz", nnz, split, "threads", threads);
+    }
 }
 
 template <class T>
@@ -75,9 +98,27 @@ void check_all() {
   const Input<T> random = inputs<T>()[0], ties = inputs<T>()[1];
   check_case(random, 0, 5, 0);
   check_case(random, 5, 0, 0);
-  // More than one chunk of the histogram, and more chunks than partial histograms.
-  check_case(random, 300, 301, 1000);
-  check_case(ties, 1200, 1001, 400000);
+  for (const Input<T>& input : deceptive_inputs<T>())
+    for (int64_t nnz : {1, 20, 5000, 20000, 50000, 99000}) check_case(input, 331, 303, nnz);
+  // With and without a sample, with and without threads; rows that are short, and longer than a block.
+  for (auto [m, n] : {std::pair{64, 64}, {113, 9}, {12000, 9}, {3, 40001}, {1, 70001}})
+    for (const Input<T>& input : {random, ties})
+      for (int64_t nnz : {1, m * n / 20, m * n / 5, m * n / 2, m * n - 1, m * n}) check_case(input, m, n, nnz);
+}
+
+// What the operator does before the selection.
+template <class T>
+void check_subtract() {
+  for (int64_t count : {0, 1, 7, 40000}) {
+    const auto w = testing::random_vector<T>(count), product = testing::random_vector<T>(count);
+    std::vector<T> want(count);
+    for (int64_t i = 0; i < count; ++i) want[i] = w[i] - product[i];
+    for (const auto& [split, parallel_for] : testing::splits()) {
+      auto got = product;
+      cmd_ext::cpu::subtract_from(w.data(), count, got.data(), parallel_for);
+      CHECK(testing::same_bits(got, want), "subtract_from", count, split);
+    }
+  }
 }
 
 void check_transpose(int64_t m, int64_t n, int64_t groups, double density) {
@@ -108,6 +149,8 @@ void check_transpose(int64_t m, int64_t n, int64_t groups, double density) {
 int main() {
   check_all<float>();
   check_all<double>();
+  check_subtract<float>();
+  check_subtract<double>();
   for (double density : {0.0, 0.2, 1.0}) {
     check_transpose(30, 17, 1, density);
     check_transpose(30, 17, 5, density);

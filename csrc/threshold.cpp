@@ -104,8 +104,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> residual_topk_csr(const Tensor& w, co
 #endif
   const Tensor product = torch::stable::matmul(torch::stable::reshape(u, {batch * groups, m / groups, r}),
                                                torch::stable::reshape(v, {batch * groups, r, n}));
-  const Tensor residual =
-      torch::stable::contiguous(torch::stable::subtract(w, torch::stable::reshape(product, {batch, m, n})));
+  // In place: the pages of a fresh result would cost more than the subtraction.
+  Tensor residual = torch::stable::contiguous(torch::stable::reshape(product, {batch, m, n}));
+  const Tensor dense = torch::stable::contiguous(w);
+  dispatch(w.scalar_type(), [&](auto tag) {
+    using T = decltype(tag);
+    cpu::subtract_from(dense.const_data_ptr<T>(), batch * m * n, residual.mutable_data_ptr<T>(), threads());
+  });
   Selected out(residual, batch, m, nnz);
   select_on_cpu(residual, nnz, out);
   return {residual, out.values, out.row_ptr, out.col_idx};

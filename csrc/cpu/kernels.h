@@ -44,6 +44,10 @@ template <class T>
 void topk_csr(const T* a, int64_t m, int64_t n, int64_t nnz, T* values, int32_t* row_ptr, int32_t* col_idx,
               const ParallelFor& parallel_for);
 
+// product <- w - product.
+template <class T>
+void subtract_from(const T* w, int64_t count, T* product, const ParallelFor& parallel_for);
+
 // The support by columns: col_ptr [groups * n + 1], row_idx [nnz], perm [nnz]; column c of row group g is g * n + c,
 // rows ascend within a column and perm[k] is the place of its k-th nonzero in the CSR.
 void transpose_csr(const int32_t* row_ptr, const int32_t* col_idx, int64_t m, int64_t n, int64_t groups,

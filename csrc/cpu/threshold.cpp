@@ -104,8 +104,7 @@ struct Target {
 enum class Columns { none, counted, given };
 
 template <Columns kColumns, class T>
-SIMD_INLINE int64_t compress_scalar(const Source<T>& in, int64_t begin, int64_t end, Range<T> range,
-                                    const Target<T>& out, int64_t found) {
+inline int64_t compress_scalar(Source<T> in, int64_t begin, int64_t end, Range<T> range, Target<T> out, int64_t found) {
   for (int64_t j = begin; j < end; ++j) {
     if (!range.holds(magnitude_bits(in.values[j]))) continue;
     out.values[found] = in.values[j];
@@ -142,20 +141,19 @@ __attribute__((target("avx2"), always_inline)) inline __m256i broadcast(Key<T> k
     return _mm256_set1_epi64x(key);
 }
 
+// The arguments are copied, as a store of __m256i might change anything that they point to.
 template <Columns kColumns, class T>
-__attribute__((target("avx2,popcnt"))) int64_t compress_avx2(const Source<T>& in, Range<T> range,
-                                                             const Target<T>& out) {
+__attribute__((target("avx2,popcnt"))) int64_t compress_avx2(Source<T> in, Range<T> range, Target<T> out) {
   constexpr bool kFloat = sizeof(T) == 4;
   constexpr int kWidth = simd::kLanes<T>;
-  const __m256i magnitude = broadcast<T>(kMagnitude<T>), below = broadcast<T>(range.below),
-                top = broadcast<T>(range.top);
-  const __m256i first = _mm256_set1_epi32(in.first_col);
+  const __m256i magnitude = broadcast<T>(kMagnitude<T>);
+  const __m256i below = broadcast<T>(range.below), top = broadcast<T>(range.top);
+  const __m256i first_col = _mm256_set1_epi32(in.first_col);
   int64_t found = 0, j = 0;
   for (; j + kWidth <= in.count; j += kWidth) {
     const __m256i raw = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(in.values + j));
     const __m256i bits = _mm256_and_si256(raw, magnitude);
     unsigned mask;
-    __m256i moves;
     if constexpr (kFloat) {
       const __m256i inside = _mm256_andnot_si256(_mm256_cmpgt_epi32(bits, top), _mm256_cmpgt_epi32(bits, below));
       mask = unsigned(_mm256_movemask_ps(_mm256_castsi256_ps(inside)));
@@ -163,28 +161,23 @@ __attribute__((target("avx2,popcnt"))) int64_t compress_avx2(const Source<T>& in
       const __m256i inside = _mm256_andnot_si256(_mm256_cmpgt_epi64(bits, top), _mm256_cmpgt_epi64(bits, below));
       mask = unsigned(_mm256_movemask_pd(_mm256_castsi256_pd(inside)));
     }
-    if (found + kWidth > out.room) {  // a whole vector would reach beyond: into another thread's entries, maybe
+    if (found + kWidth > out.room) {  // a whole vector would reach beyond, into what another thread writes
       if (mask) found = compress_scalar<kColumns>(in, j, j + kWidth, range, out, found);
       continue;
     }
-    const __m128i lanes = _mm_cvtsi64_si128(int64_t(kLanesOfMask[mask]));
-    if constexpr (kFloat)
-      moves = _mm256_cvtepu8_epi32(lanes);
-    else
-      moves = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(int64_t(kPairsOfMask[mask])));
+    const __m256i lanes = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(int64_t(kLanesOfMask[mask])));
+    __m256i moves = lanes;
+    if constexpr (!kFloat) moves = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(int64_t(kPairsOfMask[mask])));
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(out.values + found), _mm256_permutevar8x32_epi32(raw, moves));
     if constexpr (kColumns != Columns::none) {
-      const __m256i lane = kFloat ? moves : _mm256_cvtepu8_epi32(lanes);
       __m256i cols;
-      if constexpr (kColumns == Columns::counted) {
-        cols = _mm256_add_epi32(lane, _mm256_add_epi32(first, _mm256_set1_epi32(int32_t(j))));
-      } else if constexpr (kFloat) {
+      if constexpr (kColumns == Columns::counted)
+        cols = _mm256_add_epi32(lanes, _mm256_add_epi32(first_col, _mm256_set1_epi32(int32_t(j))));
+      else if constexpr (kFloat)
         cols = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(in.cols + j));
-        cols = _mm256_permutevar8x32_epi32(cols, lane);
-      } else {
+      else
         cols = _mm256_castsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(in.cols + j)));
-        cols = _mm256_permutevar8x32_epi32(cols, lane);
-      }
+      if constexpr (kColumns == Columns::given) cols = _mm256_permutevar8x32_epi32(cols, lanes);
       if constexpr (kFloat)
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(out.cols + found), cols);
       else
@@ -209,11 +202,15 @@ int64_t compress(const Source<T>& in, Range<T> range, const Target<T>& out) {
 template <class T>
 int64_t count_within(const T* values, int64_t count, Range<T> range) {
   int64_t total = 0;
-  simd::run([&] SIMD_LAMBDA() {
+  simd::run([&, range] SIMD_LAMBDA() {
+    const Key<T> below = range.below, top = range.top;
     for (int64_t begin = 0; begin < count; begin += kBlock) {
+      const int64_t end = std::min(count, begin + kBlock);
       Key<T> within = 0;
-      for (int64_t i = begin; i < std::min(count, begin + kBlock); ++i)
-        within += Key<T>(range.holds(magnitude_bits(values[i])));
+      for (int64_t i = begin; i < end; ++i) {
+        const Key<T> bits = magnitude_bits(values[i]);
+        within += Key<T>(bits > below) & Key<T>(bits <= top);
+      }
       total += within;
     }
   });
@@ -389,9 +386,10 @@ class Selection {
     const int64_t pieces = int64_t(pieces_.size());
     std::atomic<int64_t> budget = count_ / 4 + pieces * kBlock;
     std::atomic<bool> granted = true;
+    for (Piece<T>& piece : pieces_)  // here, as the heap of this thread keeps its pages between calls
+      piece.kept.reserve(int64_t(share * 1.1 * double(piece.end - piece.begin)) + kBlock, with_cols_, budget);
     for_pieces([&](Piece<T>& piece) {
       Buffer<T>& kept = piece.kept;
-      kept.reserve(int64_t(share * 1.1 * double(piece.end - piece.begin)) + kBlock, with_cols_, budget);
       for_rows(piece, n_, [&](int64_t row, int64_t begin, int64_t end) {
         for (int64_t block = begin; block < end && granted; block += kBlock) {
           const Source<T> in{a_ + block, std::min(kBlock, end - block), nullptr, int32_t(block - row * n_)};
@@ -530,8 +528,22 @@ void topk_csr(const T* a, int64_t m, int64_t n, int64_t nnz, T* values, int32_t*
   selection.write(values, row_ptr, col_idx);
 }
 
-template void topk_csr(const float*, int64_t, int64_t, int64_t, float*, int32_t*, int32_t*, const ParallelFor&);
-template void topk_csr(const double*, int64_t, int64_t, int64_t, double*, int32_t*, int32_t*, const ParallelFor&);
+template <class T>
+void subtract_from(const T* w, int64_t count, T* product, const ParallelFor& parallel_for) {
+  parallel_for(count, kParallel, [&](int64_t begin, int64_t end) {
+    simd::run([&] SIMD_LAMBDA() {
+      const T* from = w;
+      T* out = product;
+      for (int64_t i = begin; i < end; ++i) out[i] = from[i] - out[i];
+    });
+  });
+}
+
+#define CMD_EXT_INSTANTIATE(T)                                                                             \
+  template void topk_csr(const T*, int64_t, int64_t, int64_t, T*, int32_t*, int32_t*, const ParallelFor&); \
+  template void subtract_from(const T*, int64_t, T*, const ParallelFor&);
+CMD_EXT_INSTANTIATE(float)
+CMD_EXT_INSTANTIATE(double)
 
 void transpose_csr(const int32_t* row_ptr, const int32_t* col_idx, int64_t m, int64_t n, int64_t groups,
                    int32_t* col_ptr, int32_t* row_idx, int32_t* perm) {
