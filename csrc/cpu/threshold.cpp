@@ -1,7 +1,7 @@
 // topk_csr: the exactly nnz largest |a| of a matrix, straight into CSR; transpose_csr: its support by columns.
 //
 // Magnitudes of IEEE numbers order like their bit patterns without the sign: the key of an entry. A fixed sample of
-// about count^(2/3) / 4 entries gives a bracket [low, high] of keys that holds the nnz-th largest but for one case in
+// 3 sqrt(count) entries gives a bracket [low, high] of keys that holds the nnz-th largest but for one case in
 // 10^4. Then
 //
 //   gather   one read of a compresses what may be kept, every key >= low with its column, into scratch (about 1.1 nnz);
@@ -276,7 +276,7 @@ struct Bracket {
 // of `size` equal stretches, at a place given by a hash, so that no period of the data can match the sample's.
 template <class T>
 Bracket<T> sample_bracket(const T* a, int64_t count, int64_t nnz) {
-  const int64_t size = int64_t(std::pow(double(count), 2.0 / 3) / 4);
+  const int64_t size = int64_t(3 * std::sqrt(double(count)));
   const int64_t stretch = count / size, reach = std::min<int64_t>(stretch, 1 << 30);
   std::vector<Key<T>> keys(size);
   for (int64_t i = 0; i < size; ++i) {
