@@ -43,7 +43,7 @@ class CpuRates:
 
 
 def dense_work(work: Work) -> list[float]:
-    """Of the dense library: the call, elements of x and y, weights, multiply-adds; those of a small batch cost extra."""
+    """Of the dense library: the call, elements of x and y, weights, multiply-adds, and those of a small batch again."""
     size = work.m * work.n
     extra = 0 if work.convolution else size * min(work.tokens - 1, SMALL_BATCH)
     return [1.0, work.inputs + work.outputs, size, size * work.tokens, extra]
@@ -214,7 +214,7 @@ _loaded: dict[str, CpuRates] = {}
 
 
 def load_rates(folder: Path) -> CpuRates:
-    """The constants of this machine from `folder`, measured and kept there where that may be done, else the defaults."""
+    """The constants of this machine from `folder`, measured and kept there if that may be done, else the defaults."""
     name = _rates_key(torch.get_num_threads())
     if name in _loaded:
         return _loaded[name]

@@ -3,8 +3,8 @@
 A layer of weight [m, n] at `tokens` rows of x (pixels of y, for a convolution) can be computed "dense" (U V + S is
 rebuilt, then the dense library), "lowrank" (S is empty: the dense library twice) or "fused" (the kernels of cmd_ext).
 On a GPU each step takes the larger of its operations over a rate and its bytes over the bandwidth, plus the time of a
-launch; the rates come from `python -m cmd_ext gpu-check`, which stores what it measured, else from the generation's data
-sheet. The CPU has a model of its own (cpu_model.py).
+launch; the rates come from `python -m cmd_ext gpu-check`, which stores what it measured, else from the generation's
+data sheet. The CPU has a model of its own (cpu_model.py).
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def predicted(work: Work, device: torch.device, rebuild: bool) -> dict[str, floa
 
 
 def choose(work: Work, device: torch.device, rebuild: bool) -> str:
-    """The backend for a call: the fastest one by the model of the device; without one "dense", for an empty S "lowrank"."""
+    """The backend for a call: the fastest by the model of the device; without one "dense", for an empty S "lowrank"."""
     times = predicted(work, device, rebuild) or {"lowrank" if work.nnz == 0 else "dense": 0.0}
     return min(times, key=times.get)
 
