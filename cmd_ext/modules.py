@@ -33,8 +33,8 @@ class _LowRankSparse(nn.Module):
             raise ValueError(f"{name}: density must lie in [0, 1], got {density}")
         self.groups, self._backend = groups, "auto"
         self._noted, self._tokens, self._inputs_per_token = None, dispatch.TOKENS, float(n)  # of the latest call
-        # The state of the parameters, and what was built from it for calls that need no derivative (see _prepare).
-        self._kept: tuple[list, dict] | None = None
+        # For calls without derivatives: the state of the parameters, calls by input size, and what these share.
+        self._kept: tuple[tuple, dict, dict] | None = None
         factory = {"device": device, "dtype": dtype}
         nnz = round(density * m * n)
         self.u = nn.Parameter(torch.empty(m, rank, **factory))
@@ -120,64 +120,78 @@ class _LowRankSparse(nn.Module):
         return {backend: 1e3 * seconds for backend, seconds in times.items()}
 
     def _work(self) -> dispatch.Work:
-        (m, n), tokens = self.matrix_shape, self._tokens
+        u, v, values, *_ = self._sources()
+        (m, rank), n, tokens = u.shape, v.shape[1], self._tokens
+        inputs = int(tokens * self._inputs_per_token)
         return dispatch.Work(
-            m,
-            n,
-            self.groups,
-            self.rank,
-            self.nnz,
-            tokens,
-            int(tokens * self._inputs_per_token),
-            tokens * m,
-            self.u.dtype,
-            self._is_convolution,
+            m, n, self.groups, rank, values.shape[0], tokens, inputs, tokens * m, u.dtype, self._is_convolution
         )
 
     def _note_size(self, x: Tensor) -> None:
-        """Remembers the size of a call for the choice of the backend (not while tracing: sizes may be symbols)."""
-        if torch.compiler.is_compiling() or torch.jit.is_tracing() or x.shape == self._noted:
-            return
+        """Remembers the size of a call for the choice of the backend."""
         tokens = self._tokens_of(x)
         if tokens > 0:
             self._noted, self._tokens, self._inputs_per_token = x.shape, tokens, x.numel() / tokens
 
     def _records_gradients(self) -> bool:
-        return torch.is_grad_enabled() and any(p.requires_grad for p in (self.u, self.v, self.values))
+        return torch.is_grad_enabled() and any(t.requires_grad for t in self._sources())
+
+    def _sources(self) -> tuple[Tensor, ...]:
+        """The tensors of U V + S, past Module.__getattr__ where possible: it takes longer than a small product."""
+        parameters, buffers = self._parameters, self._buffers
+        try:
+            return parameters["u"], parameters["v"], parameters["values"], buffers["row_ptr"], buffers["col_idx"]
+        except KeyError:  # parametrized, pruned or a replica of DataParallel
+            return self.u, self.v, self.values, self.row_ptr, self.col_idx
+
+    def _bias(self) -> Tensor | None:
+        try:
+            return self._parameters["bias"]
+        except KeyError:
+            return self.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        self._note_size(x)
-        sources = (self.u, self.v, self.values, self.row_ptr, self.col_idx)
-        if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *sources)):
+        if torch.compiler.is_compiling() or torch._C._is_tracing():  # sizes may be symbols
             return self._compute(x)
-        traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack() > 0
-        if traced or torch._C._functorch.maybe_current_level() is not None or any(t.is_inference() for t in sources):
+        shape = x.shape
+        if shape != self._noted:
+            self._note_size(x)
+        sources = self._sources()
+        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, self.bias, *sources)):
             return self._compute(x)
-        device = x.device.type
-        cast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        state = [(t.data_ptr(), t._version, t.dtype, t.device) for t in sources]
-        return self._keep(state, (cast, *x.shape), lambda: self._prepare(x, state))(self, x)
-
-    def _keep(self, state: list, key, build):
-        """`build()` of an earlier call with this key, if the state of the parameters is still the same."""
+        if torch._C._len_torch_dispatch_stack() > 0 or torch._C._functorch.maybe_current_level() is not None:
+            return self._compute(x)
         kept = self._kept
-        if kept is None or kept[0] != state or (key not in kept[1] and len(kept[1]) >= MOST_KEPT):
-            kept = self._kept = state, {}
-        found = kept[1].get(key)
-        if found is None:  # two threads may both build it: the same
+        if kept is None or not _is_state(kept[0], sources):
+            if any(t.is_inference() for t in sources):  # these have no version
+                return self._compute(x)
+            kept = self._kept = _state(sources), {}, {}
+        _, calls, shared = kept
+        dtype = torch.get_autocast_dtype(x.device.type) if torch._C._is_any_autocast_enabled() else x.dtype
+        call = calls.get((dtype, shape))
+        if call is None:  # two threads may both build it: the same
+            if len(calls) >= MOST_KEPT:
+                calls.clear()
             with torch.no_grad():
-                found = kept[1][key] = build()
-        return found
+                call = calls[dtype, shape] = self._prepare(x, shared)
+        return call(self, x)
 
-    def _prepare(self, x: Tensor, state: list):
+    def _prepare(self, x: Tensor, shared: dict):
         """A function of (layer, x) for inputs like x, without gradients.
 
-        It holds what depends on the weights alone: W for the dense backend, the plan of a fused convolution.
+        It holds what depends on the weights alone: W for the dense backend, the plan of the fused kernels. What serves
+        several sizes is left in `shared`.
         """
         if self.backend == "dense":
-            matrix = self._keep(state, "matrix", self._matrix)
+            matrix = shared.get("matrix")
+            if matrix is None:
+                matrix = shared["matrix"] = self._matrix()
             return lambda layer, x: layer._dense(x, matrix)
         return type(self)._compute
+
+    def _apply(self, fn, recurse=True):
+        self._kept = None  # an empty tensor's dtype and device are no part of the state
+        return super()._apply(fn, recurse)
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_kept": None}
@@ -241,6 +255,25 @@ class _LowRankSparse(nn.Module):
         return f"{bias}, rank={self.rank}, nnz={self.nnz}, density={self.density:.4g}"
 
 
+def _state(sources: tuple[Tensor, ...]) -> tuple:
+    """What tells whether a source was replaced or changed in place.
+
+    The aliases at the end keep the memory, so that no other data of a source can come to lie at its address.
+    """
+    return sources, [t._version for t in sources], [t.data_ptr() for t in sources], [t.detach() for t in sources]
+
+
+def _is_state(state: tuple, sources: tuple[Tensor, ...]) -> bool:
+    """Whether these are the sources of a state, unchanged. Unrolled, as it is part of every small call."""
+    (u, v, s, r, c), versions, addresses, _ = state
+    a, b, d, e, f = sources
+    return (
+        a is u and b is v and d is s and e is r and f is c
+        and [a._version, b._version, d._version, e._version, f._version] == versions
+        and [a.data_ptr(), b.data_ptr(), d.data_ptr(), e.data_ptr(), f.data_ptr()] == addresses
+    )  # fmt: skip
+
+
 def _random_pattern(m: int, n: int, nnz: int, groups: int, device: torch.device) -> ops.Pattern:
     """One random position in each of nnz equal strata of [m, n]: uniform density, sorted, in O(nnz)."""
     if device.type == "meta":
@@ -295,7 +328,7 @@ class CMDLinear(_LowRankSparse):
         return self._dense(x, self._matrix())
 
     def _dense(self, x: Tensor, matrix: Tensor) -> Tensor:
-        return F.linear(x, matrix, self.bias)
+        return F.linear(x, matrix, self._bias())
 
     def _tokens_of(self, x: Tensor) -> int:
         return x.numel() // max(self.in_features, 1)
@@ -406,9 +439,9 @@ class CMDConv2d(_LowRankSparse):
     def _dense(self, x: Tensor, matrix: Tensor) -> Tensor:
         return F.conv2d(x, matrix.view(self.out_channels, -1, *self.kernel_size), self.bias, *self._geometry)
 
-    def _prepare(self, x: Tensor, state: list):
+    def _prepare(self, x: Tensor, shared: dict):
         if self.backend != "fused" or x.device.type != "cpu" or x.shape[0] == 0 or x.dtype != self.u.dtype:
-            return super()._prepare(x, state)
+            return super()._prepare(x, shared)
         weights = (self.u, self.v, self.values, self.pattern)
         plan = ops.plan_lrs_conv2d(*weights, x.shape, self.kernel_size, *self._geometry)
         return lambda layer, x: ops.planned_lrs_conv2d(x, plan, layer.bias)

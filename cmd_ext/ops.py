@@ -364,6 +364,39 @@ def _(row_ptr, col_idx, n, groups):
 # lrs_linear, dense_weight, sddmm ------------------------------------------------------------------------------------
 
 
+def _eagerly(op, setup, backward):
+    """`op` for calls by Python: the same, at a third of the overhead where nothing but autograd looks at the call.
+
+    What register_autograd makes of the same formulas passes the dispatcher several times in Python, which takes longer
+    than a small layer. It stays what compilers, tracers, modes, transforms and subclasses of Tensor get.
+    """
+
+    class Recorded(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *args):
+            with torch._C._AutoDispatchBelowAutograd():
+                output = op(*args)
+            setup(ctx, args, output)
+            return output
+
+    Recorded.backward = staticmethod(backward)
+
+    def call(*args):
+        if torch.compiler.is_compiling() or torch._C._is_tracing() or torch._C._len_torch_dispatch_stack() > 0:
+            return op(*args)
+        if torch._C._functorch.maybe_current_level() is not None or any(type(t) not in _PLAIN for t in args):
+            return op(*args)
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+            return Recorded.apply(*args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*args)
+
+    return call
+
+
+_PLAIN = {Tensor, torch.nn.Parameter, int, type(None)}
+
+
 def lrs_linear(x: Tensor, u: Tensor, v: Tensor, values: Tensor, pattern: Pattern, bias: Tensor | None = None) -> Tensor:
     """y = x (U V + S)^T + bias, without building U V + S.
 
@@ -386,7 +419,7 @@ def lrs_linear(x: Tensor, u: Tensor, v: Tensor, values: Tensor, pattern: Pattern
     """
     x, u, v, values, bias = _autocast(x, u, v, values, bias)
     _check_dtypes("lrs_linear", "x", x, u=u, v=v, values=values, bias=bias)
-    return _ops.lrs_linear(x, u, v, values, *pattern, bias)
+    return _call_linear(x, u, v, values, *pattern, bias)
 
 
 @register_fake("cmd_ext::lrs_linear")
@@ -407,7 +440,7 @@ def _linear_backward(ctx, grad):
     gx = gu = gv = gvalues = gbias = None
     rows, grads = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
     if need_x:
-        gx = _ops.lrs_linear(grad, v.t(), u.t(), values[pattern.perm], *pattern.transpose(), None)
+        gx = _call_linear(grad, v.t(), u.t(), values[pattern.perm], *pattern.transpose(), None)
     if need_u:
         gu = grads.t() @ (rows @ v.t())
     if need_v:
@@ -420,6 +453,7 @@ def _linear_backward(ctx, grad):
 
 
 register_autograd("cmd_ext::lrs_linear", _linear_backward, setup_context=_linear_setup)
+_call_linear = _eagerly(_ops.lrs_linear, _linear_setup, _linear_backward)
 
 
 def dense_weight(u: Tensor, v: Tensor, values: Tensor, pattern: Pattern, groups: int = 1) -> Tensor:
@@ -439,7 +473,7 @@ def dense_weight(u: Tensor, v: Tensor, values: Tensor, pattern: Pattern, groups:
         ValueError: shapes do not fit, or the pattern is no CSR support.  TypeError: dtypes differ.
     """
     _check_dtypes("dense_weight", "u", u, v=v, values=values)
-    return _ops.dense_weight(u, v, values, *pattern[:2], groups)
+    return _call_dense_weight(u, v, values, *pattern[:2], groups)
 
 
 @register_fake("cmd_ext::dense_weight")
@@ -467,6 +501,7 @@ def _dense_weight_backward(ctx, grad):
 
 
 register_autograd("cmd_ext::dense_weight", _dense_weight_backward, setup_context=_dense_weight_setup)
+_call_dense_weight = _eagerly(_ops.dense_weight, _dense_weight_setup, _dense_weight_backward)
 
 
 def sddmm(a: Tensor, b: Tensor, row_ptr: Tensor, col_idx: Tensor) -> Tensor:

@@ -12,7 +12,9 @@ from op_bounds import DTYPES, F32, F64
 from test_ops import CONV, LAST, conv_args
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from cmd_ext import CMDConv2d, modules, ops
+from cmd_ext import CMDConv2d, CMDLinear, modules, ops, ref
+
+LAYERS = ["linear", "conv2d"]
 
 
 def planned(x, u, v, values, pattern, bias, *geometry) -> torch.Tensor:
@@ -97,6 +99,70 @@ def test_gradients_go_through_frozen_layers():
     layer(x).sum().backward()
     assert x.grad is not None
     assert layer._kept is None
+
+
+@pytest.mark.parametrize("backend", ["fused", "dense"])
+@pytest.mark.parametrize("make", [lambda: CMDLinear(6, 8, rank=2, density=0.3), lambda: fused_layer()], ids=LAYERS)
+def test_a_trained_bias_gets_its_gradient_though_the_weights_are_frozen(make, backend):
+    layer = make()
+    layer.backend = backend
+    layer.requires_grad_(False).bias.requires_grad_()
+    layer(torch.randn(2, 6, 5, 6)).sum().backward()
+    assert torch.equal(layer.bias.grad, torch.full((8,), layer.bias.grad[0].item()))
+    assert layer.bias.grad[0] > 0
+
+
+@pytest.mark.parametrize("backend", ["fused", "dense", "lowrank"])
+def test_a_linear_layer_keeps_what_depends_on_its_weights(backend):
+    layer, x = CMDLinear(12, 9, rank=2, density=0.0 if backend == "lowrank" else 0.3), torch.randn(3, 12)
+    layer.backend = backend
+
+    def check():
+        torch.testing.assert_close(
+            layer(x), ref.lrs_linear(x, layer.u, layer.v, layer.values, layer.pattern, layer.bias)
+        )
+
+    for mode in (torch.no_grad(), torch.inference_mode()):
+        other, u, v = CMDLinear(12, 9, rank=1, density=0.0).state_dict(), torch.randn(9, 2), torch.randn(2, 12)
+        u = torch.nn.Parameter(u)
+        changes = (
+            lambda: layer.u.mul_(2),
+            lambda v=v: setattr(layer.v, "data", v),
+            lambda u=u: setattr(layer, "u", u),
+            lambda: layer.bias.add_(1),
+            lambda other=other: layer.load_state_dict(other),
+        )
+        with mode:
+            layer(x)
+            kept, count = layer._kept, len(layer._kept[1])
+            check()
+            assert layer._kept is kept, "not even inference mode builds anew"
+            assert len(kept[1]) == count
+            for change in changes:
+                change()
+                check()
+        layer.load_state_dict(CMDLinear(12, 9, rank=2, density=layer.density).state_dict())
+
+
+def test_empty_weights_change_their_dtype():
+    layer, x = CMDLinear(5, 3, rank=0, density=0.0), torch.randn(2, 5)
+    layer.backend = "dense"
+    with torch.no_grad():
+        assert torch.equal(layer(x), layer.bias.expand(2, 3))
+        assert torch.equal(layer.double()(x.double()), layer.bias.expand(2, 3))
+
+
+def test_parametrized_weights_are_read_anew():
+    layer, x = CMDLinear(12, 9, rank=2, density=0.3), torch.randn(3, 12)
+    for name in ("u", "bias"):
+        torch.nn.utils.parametrize.register_parametrization(layer, name, torch.nn.Tanh())
+    for backend in ("fused", "dense"):
+        layer.backend = backend
+        for _ in range(3):
+            with torch.no_grad():
+                want = ref.lrs_linear(x, layer.u, layer.v, layer.values, layer.pattern, layer.bias)
+                torch.testing.assert_close(layer(x), want)
+                layer.parametrizations.u.original.mul_(2)
 
 
 def test_a_plan_stays_out_of_copies_and_files():
