@@ -330,6 +330,19 @@ class CMDLinear(_LowRankSparse):
     def _dense(self, x: Tensor, matrix: Tensor) -> Tensor:
         return F.linear(x, matrix, self._bias())
 
+    def _prepare(self, x: Tensor, shared: dict):
+        backend = self.backend
+        if backend == "lowrank":
+            return lambda layer, x: F.linear(F.linear(x, layer.v), layer.u, layer._bias())
+        if backend != "fused" or x.device.type != "cpu" or x.dtype != self.u.dtype or x.numel() == 0:
+            return super()._prepare(x, shared)
+        few = x.numel() <= ops.FEW_SAMPLES * self.in_features
+        key = few, torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu")
+        plan = shared.get(key)
+        if plan is None:
+            plan = shared[key] = ops.plan_lrs_linear(self.values, self.pattern, self.in_features, few)
+        return lambda layer, x: ops.planned_lrs_linear(x, layer.u, layer.v, plan, layer._bias())
+
     def _tokens_of(self, x: Tensor) -> int:
         return x.numel() // max(self.in_features, 1)
 

@@ -121,7 +121,7 @@ def _without_autocast(name: str, device: str) -> None:
 
 
 _autocast_kernels = torch.library.Library("cmd_ext", "IMPL")
-for _name in ("truncated_svd", "residual_topk_csr", "lrs_linear", "lrs_conv2d", "_lrs_conv2d_grad_input"):
+for _name in ("truncated_svd", "residual_topk_csr", "lrs_linear", "_planned_lrs_linear", "lrs_conv2d", "_lrs_conv2d_grad_input"):
     for _device in ("cpu", "cuda"):
         _without_autocast(_name, _device)
 
@@ -420,6 +420,34 @@ def lrs_linear(x: Tensor, u: Tensor, v: Tensor, values: Tensor, pattern: Pattern
     x, u, v, values, bias = _autocast(x, u, v, values, bias)
     _check_dtypes("lrs_linear", "x", x, u=u, v=v, values=values, bias=bias)
     return _call_linear(x, u, v, values, *pattern, bias)
+
+
+FEW_SAMPLES = 32  # kFewSamples of csrc/cpu/kernels.h
+
+
+def plan_lrs_linear(values: Tensor, pattern: Pattern, n: int, few: bool) -> Tensor:
+    """What lrs_linear on the CPU works out from S alone, packed and checked; for planned_lrs_linear.
+
+    Args: as of lrs_linear; `few` says whether the plan is for up to FEW_SAMPLES rows of x or for more. The plan is of
+    the precision of the values, and of no use after one changed. Not differentiable.
+
+    Returns:
+        An opaque uint8 tensor.
+    """
+    values, _ = _autocast(values, None)
+    return _ops._plan_lrs_linear(values, pattern.row_ptr, pattern.col_idx, n, few)
+
+
+def planned_lrs_linear(x: Tensor, u: Tensor, v: Tensor, plan: Tensor, bias: Tensor | None) -> Tensor:
+    """lrs_linear with the S of a plan, to the bit. Not differentiable.
+
+    Raises:
+        ValueError: the plan is for other sizes, another precision or as many rows of x, or is none.
+        TypeError: dtypes differ.
+    """
+    x, u, v, bias = _autocast(x, u, v, bias)
+    _check_dtypes("planned_lrs_linear", "x", x, u=u, v=v, bias=bias)
+    return _ops._planned_lrs_linear(x, u, v, plan, bias)
 
 
 @register_fake("cmd_ext::lrs_linear")

@@ -6,6 +6,29 @@ namespace {
 using testing::RandomCsr;
 using testing::Sum;
 
+// A plan gives the bits of sparse_linear, for batches like those that it was made for alone.
+template <class T>
+void check_plan(const RandomCsr<T>& s, const std::vector<T>& x, int64_t batch, const std::vector<T>& bias,
+                const std::vector<T>& before, const std::vector<T>& want,
+                const cmd_ext::cpu::ParallelFor& parallel_for) {
+  const bool few = batch <= cmd_ext::cpu::kFewSamples;
+  for (bool is_for : {few, !few}) {
+    const int64_t bytes = cmd_ext::cpu::plan_linear(testing::csr_of(s), is_for, nullptr, parallel_for);
+    std::vector<char> storage(bytes + 63);
+    char* memory = storage.data() + (64 - reinterpret_cast<uintptr_t>(storage.data()) % 64) % 64;
+    cmd_ext::cpu::plan_linear(testing::csr_of(s), is_for, memory, parallel_for);
+    cmd_ext::cpu::PlannedLinear sizes{};
+    CHECK(cmd_ext::cpu::read_linear_plan(memory, bytes, sizes) && sizes.element == sizeof(T) && sizes.rows == s.rows &&
+              sizes.cols == s.cols && !cmd_ext::cpu::read_linear_plan(memory, bytes - 1, sizes),
+          "read_linear_plan", s.rows, 'x', s.cols);
+    std::vector<T> y = before;
+    const bool ran = cmd_ext::cpu::run_linear_plan(memory, x.data(), batch, bias.empty() ? nullptr : bias.data(),
+                                                   y.data(), parallel_for);
+    CHECK(ran == (is_for == few) && testing::same_bits(y, ran ? want : before), "run_linear_plan float", 8 * sizeof(T),
+          "batch", batch, s.rows, 'x', s.cols, "few", is_for);
+  }
+}
+
 template <class T>
 void check_linear(int64_t batch, int64_t rows, int64_t cols, double density, bool with_bias) {
   const RandomCsr<T> s(rows, cols, density);
@@ -30,6 +53,7 @@ void check_linear(int64_t batch, int64_t rows, int64_t cols, double density, boo
     if (first.empty()) first = y;
     CHECK(testing::close(y, want) && testing::same_bits(y, first), "sparse_linear float", 8 * sizeof(T), "batch", batch,
           rows, 'x', cols, "density", density, "bias", with_bias, split);
+    check_plan(s, x, batch, bias, before, y, parallel_for);
   }
 }
 
@@ -62,11 +86,15 @@ void check_all() {
         for (bool with_bias : {false, true}) check_linear<T>(batch, rows, cols, density, with_bias);
   check_linear<T>(5, 0, 6, 0, false);
   check_linear<T>(5, 6, 0, 0, true);
-  check_linear<T>(100, 517, 301, 0.1, true);
+  // Several blocks of columns and of waiting rows, with a row that is all of a block.
+  check_linear<T>(100, 1200, 301, 0.1, true);
+  check_linear<T>(70, 40, 1301, 0.3, true);
+  check_linear<T>(1, 40, 1301, 0.3, true);
 
   for (int64_t k : {0, 1, 3, 4, 7, 8, 9, 31, 32, 33, 64, 100, 1001})
     for (auto [m, n] : {std::pair{7, 96}, {40, 53}, {1, 1}})
       for (double density : {0.0, 0.2, 1.0}) check_sddmm<T>(m, n, k, density);
+  check_sddmm<T>(1100, 601, 70, 0.05);
 }
 
 }  // namespace

@@ -99,6 +99,66 @@ Tensor lrs_linear(const Tensor& x, const Tensor& u, const Tensor& v, const Tenso
   return torch::stable::reshape(as_type(y, x.scalar_type()), out_sizes);
 }
 
+Tensor plan_lrs_linear(const Tensor& values, const Tensor& row_ptr, const Tensor& col_idx, int64_t n, bool few) {
+  const char* op = "_plan_lrs_linear";
+  check_float(op, "values", values);
+  check(values.is_cpu(), op, ": values must be on the cpu");
+  check_dim(op, "values", values, 1, "[nnz]");
+  check_dim(op, "row_ptr", row_ptr, 1, "[m + 1]");
+  check(n >= 0 && row_ptr.numel() >= 1, op, ": row_ptr must be [m + 1] and n >= 0, got ", sizes_of(row_ptr), " and ",
+        n);
+  const Pattern pattern(op, "row_ptr", "col_idx", row_ptr, col_idx, row_ptr.numel() - 1, n, values.numel(), values);
+  const ScalarType type = compute_type(values);
+  const Tensor dense_values = dense_as(values, type);
+  Tensor plan;
+  dispatch(type, [&](auto tag) {
+    using T = decltype(tag);
+    const auto s = pattern.with<T>(dense_values);
+    plan = torch::stable::empty({cpu::plan_linear(s, few, nullptr, threads())}, ScalarType::Byte, std::nullopt,
+                                values.device());
+    cpu::plan_linear(s, few, plan.mutable_data_ptr(), threads());
+  });
+  return plan;
+}
+
+Tensor planned_lrs_linear(const Tensor& x, const Tensor& u, const Tensor& v, const Tensor& plan,
+                          const std::optional<Tensor>& bias) {
+  const char* op = "_planned_lrs_linear";
+  check_float(op, "x", x);
+  cpu::PlannedLinear sizes{};
+  check(plan.is_cpu() && plan.is_contiguous() && plan.scalar_type() == ScalarType::Byte &&
+            cpu::read_linear_plan(plan.const_data_ptr(), plan.numel(), sizes),
+        op, ": plan must be what _plan_lrs_linear returns");
+  const int64_t m = sizes.rows, n = sizes.cols;
+  check_same_dtype(op, "u", u, x);
+  check_same_dtype(op, "v", v, x);
+  check_dim(op, "u", u, 2, "[m, r]");
+  check_sizes(op, "u", u, {m, u.size(1)}, "[m, r]");
+  check_sizes(op, "v", v, {u.size(1), n}, "[r, n]");
+  check(x.dim() >= 1 && x.size(-1) == n, op, ": x must be [..., n] with n = ", n, ", got ", sizes_of(x));
+  if (bias) {
+    check_same_dtype(op, "bias", *bias, x);
+    check_sizes(op, "bias", *bias, {m}, "[m]");
+  }
+  const ScalarType type = compute_type(x);
+  check(sizes.element == (type == ScalarType::Double ? 8 : 4), op, ": x must have the plan's precision");
+  Sizes out_sizes = sizes_of(x);
+  out_sizes.back() = m;
+  int64_t batch = 1;
+  for (size_t i = 0; i + 1 < out_sizes.size(); ++i) batch *= out_sizes[i];
+  const Tensor rows = torch::stable::reshape(dense_as(x, type), {batch, n});
+  Tensor y = low_rank_product(rows, as_type(u, type), as_type(v, type));
+  const std::optional<Tensor> wide_bias = bias ? std::optional(dense_as(*bias, type)) : std::nullopt;
+  dispatch(type, [&](auto tag) {
+    using T = decltype(tag);
+    check(
+        cpu::run_linear_plan(plan.const_data_ptr(), rows.const_data_ptr<T>(), batch,
+                             wide_bias ? wide_bias->const_data_ptr<T>() : nullptr, y.mutable_data_ptr<T>(), threads()),
+        op, ": the plan is for ", batch <= cpu::kFewSamples ? "larger batches" : "smaller batches", ", got ", batch);
+  });
+  return torch::stable::reshape(as_type(y, x.scalar_type()), out_sizes);
+}
+
 Tensor dense_weight(const Tensor& u, const Tensor& v, const Tensor& values, const Tensor& row_ptr,
                     const Tensor& col_idx, int64_t groups) {
   const char* op = "dense_weight";

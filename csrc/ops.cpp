@@ -34,10 +34,12 @@ DEFINE(CMD_EXT_LIBRARY, m) {
         ") -> Tensor");
   m.def("_lrs_conv2d_grad_values(Tensor grad, Tensor x, Tensor row_ptr, Tensor col_idx, " CONV ") -> Tensor");
 #ifndef CMD_EXT_SIMT
-  // On the CPU alone: all gradients of the weights in one pass, and the part of lrs_conv2d that inference need not
+  // On the CPU alone: all gradients of the weights in one pass, and the parts of the layers that inference need not
   // repeat for every call.
   m.def("_lrs_conv2d_grad_weights(Tensor grad, Tensor x, Tensor u, Tensor v, Tensor row_ptr, Tensor col_idx, " CONV
         ") -> (Tensor du, Tensor dv, Tensor dvalues)");
+  m.def("_plan_lrs_linear(Tensor values, Tensor row_ptr, Tensor col_idx, int n, bool few) -> Tensor");
+  m.def("_planned_lrs_linear(Tensor x, Tensor u, Tensor v, Tensor plan, Tensor? bias) -> Tensor");
   m.def("_plan_lrs_conv2d(Tensor u, Tensor v, Tensor values, Tensor row_ptr, Tensor col_idx, int[4] x_size, " CONV
         ") -> Tensor");
   m.def("_planned_lrs_conv2d(Tensor x, Tensor plan, Tensor? bias) -> Tensor");
@@ -62,6 +64,8 @@ IMPLEMENT(CMD_EXT_LIBRARY, CPU, m) {
   implement_all(m);
 #ifndef CMD_EXT_SIMT
   m.impl("_lrs_conv2d_grad_weights", TORCH_BOX(&cmd_ext::lrs_conv2d_grad_weights));
+  m.impl("_plan_lrs_linear", TORCH_BOX(&cmd_ext::plan_lrs_linear));
+  m.impl("_planned_lrs_linear", TORCH_BOX(&cmd_ext::planned_lrs_linear));
   m.impl("_plan_lrs_conv2d", TORCH_BOX(&cmd_ext::plan_lrs_conv2d));
   m.impl("_planned_lrs_conv2d", TORCH_BOX(&cmd_ext::planned_lrs_conv2d));
 #endif

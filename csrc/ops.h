@@ -19,6 +19,9 @@ std::tuple<Tensor, Tensor, Tensor> csr_transpose(const Tensor& row_ptr, const Te
 Tensor lrs_linear(const Tensor& x, const Tensor& u, const Tensor& v, const Tensor& values, const Tensor& row_ptr,
                   const Tensor& col_idx, const Tensor& col_ptr, const Tensor& row_idx, const Tensor& perm,
                   const std::optional<Tensor>& bias);
+Tensor plan_lrs_linear(const Tensor& values, const Tensor& row_ptr, const Tensor& col_idx, int64_t n, bool few);
+Tensor planned_lrs_linear(const Tensor& x, const Tensor& u, const Tensor& v, const Tensor& plan,
+                          const std::optional<Tensor>& bias);
 Tensor dense_weight(const Tensor& u, const Tensor& v, const Tensor& values, const Tensor& row_ptr,
                     const Tensor& col_idx, int64_t groups);
 Tensor sddmm(const Tensor& a, const Tensor& b, const Tensor& row_ptr, const Tensor& col_idx);

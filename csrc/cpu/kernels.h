@@ -57,6 +57,24 @@ void transpose_csr(const int32_t* row_ptr, const int32_t* col_idx, int64_t m, in
 template <class T>
 void sparse_linear(const T* x, int64_t batch, const Csr<T>& s, const T* bias, T* y, const ParallelFor& parallel_for);
 
+// What sparse_linear works out from S alone, to be kept between calls: needs `memory` of the returned bytes, 64-byte
+// aligned, and fills it unless it is null. A plan is for batches of up to kFewSamples or for larger ones.
+constexpr int64_t kFewSamples = 32;
+template <class T>
+int64_t plan_linear(const Csr<T>& s, bool few, void* memory, const ParallelFor& parallel_for);
+
+// The sizes that a plan is for.
+struct PlannedLinear {
+  int64_t element, rows, cols;
+};
+// False if the memory holds no plan.
+bool read_linear_plan(const void* memory, int64_t bytes, PlannedLinear& sizes);
+
+// sparse_linear with the S of a plan; false, and nothing done, if the plan is for other batches.
+template <class T>
+bool run_linear_plan(const void* memory, const T* x, int64_t batch, const T* bias, T* y,
+                     const ParallelFor& parallel_for);
+
 // w [rows, cols] += S.
 template <class T>
 void add_sparse(const Csr<T>& s, T* w, const ParallelFor& parallel_for);
