@@ -121,7 +121,14 @@ def _without_autocast(name: str, device: str) -> None:
 
 
 _autocast_kernels = torch.library.Library("cmd_ext", "IMPL")
-for _name in ("truncated_svd", "residual_topk_csr", "lrs_linear", "_planned_lrs_linear", "lrs_conv2d", "_lrs_conv2d_grad_input"):
+for _name in (
+    "truncated_svd",
+    "residual_topk_csr",
+    "lrs_linear",
+    "_planned_lrs_linear",
+    "lrs_conv2d",
+    "_lrs_conv2d_grad_input",
+):
     for _device in ("cpu", "cuda"):
         _without_autocast(_name, _device)
 

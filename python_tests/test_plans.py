@@ -144,6 +144,56 @@ def test_a_linear_layer_keeps_what_depends_on_its_weights(backend):
         layer.load_state_dict(CMDLinear(12, 9, rank=2, density=layer.density).state_dict())
 
 
+def linear_weights(dtype=F32, m=17, n=300, rank=3) -> tuple:
+    layer = CMDLinear(n, m, rank=rank, density=0.2, dtype=dtype)
+    return layer.u.detach(), layer.v.detach(), layer.values.detach(), layer.pattern, layer.bias.detach()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", [(1,), (7,), (16,), (3, 11), (65,), (0,), ()], ids=str)
+def test_a_plan_of_a_linear_layer_changes_nothing(size, dtype):
+    u, v, values, pattern, bias = linear_weights(dtype)
+    x = torch.randn(300, *size).to(dtype).movedim(0, -1)
+    plan = ops.plan_lrs_linear(values, pattern, 300, x.numel() // 300 <= ops.FEW_SAMPLES)
+    for b in (bias, None):
+        assert torch.equal(ops.planned_lrs_linear(x, u, v, plan, b), ops.lrs_linear(x, u, v, values, pattern, b))
+
+
+def test_what_a_plan_of_a_linear_layer_does_not_fit_is_refused():
+    u, v, values, pattern, bias = linear_weights()
+    few, many = (ops.plan_lrs_linear(values, pattern, 300, few) for few in (True, False))
+    x = torch.randn(40, 300)
+    with pytest.raises(ValueError, match="the plan is for smaller batches, got 40"):
+        ops.planned_lrs_linear(x, u, v, few, bias)
+    with pytest.raises(ValueError, match="the plan is for larger batches, got 32"):
+        ops.planned_lrs_linear(x[:32], u, v, many, bias)
+    with pytest.raises(ValueError, match=r"x must be \[..., n\] with n = 300, got \[40, 299\]"):
+        ops.planned_lrs_linear(x[:, :299], u, v, many, bias)
+    with pytest.raises(ValueError, match=r"v must be \[r, n\] = \[3, 300\], got \[2, 300\]"):
+        ops.planned_lrs_linear(x, u, v[:2], many, bias)
+    with pytest.raises(ValueError, match="x must have the plan's precision"):
+        ops.planned_lrs_linear(x.double(), u.double(), v.double(), many, None)
+    with pytest.raises(TypeError, match="u must have the dtype of x"):
+        ops.planned_lrs_linear(x, u.double(), v, many, bias)
+    for wrong in (many[:-1], many[:3], many.float(), torch.zeros_like(many)):
+        with pytest.raises(ValueError, match="plan must be what _plan_lrs_linear returns"):
+            ops.planned_lrs_linear(x, u, v, wrong, bias)
+    with pytest.raises(ValueError, match=r"col_idx must lie in \[0, 7\)"):
+        ops.plan_lrs_linear(values, pattern, 7, True)
+
+
+def test_autocast_casts_the_weights_of_a_linear_plan():
+    layer, x = CMDLinear(300, 17, rank=3, density=0.2), torch.randn(5, 300)
+    layer.backend = "fused"
+    with torch.no_grad():
+        plain = layer(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            want = ops.lrs_linear(x, layer.u, layer.v, layer.values, layer.pattern, layer.bias)
+            assert torch.equal(layer(x), want)
+            assert want.dtype == torch.bfloat16
+        assert torch.equal(layer(x), plain)
+
+
 def test_empty_weights_change_their_dtype():
     layer, x = CMDLinear(5, 3, rank=0, density=0.0), torch.randn(2, 5)
     layer.backend = "dense"
