@@ -13,6 +13,7 @@ import json
 import os
 import re
 import tempfile
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -23,6 +24,7 @@ from . import cpu_model
 from .work import Work
 
 TOKENS = 2048  # assumed before the first call
+CLOSE = 2.0  # predicted times of up to so many times the least one are compared by measurement
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,25 @@ def predicted(work: Work, device: torch.device, rebuild: bool) -> dict[str, floa
 def choose(work: Work, device: torch.device, rebuild: bool) -> str:
     """The backend for a call: the fastest by the model of the device; without one "dense", for an empty S "lowrank"."""
     times = predicted(work, device, rebuild) or {"lowrank" if work.nnz == 0 else "dense": 0.0}
+    return min(times, key=times.get)
+
+
+def candidates(work: Work, device: torch.device) -> list[str]:
+    """The backends worth timing for calls without gradients, the predicted fastest first.
+
+    Where nothing can be timed, that one alone: on other devices than the CPU, and where CMD_EXT_AUTOTUNE=0 or torch is
+    told to be deterministic (the backends round differently).
+    """
+    if device.type != "cpu" or torch.are_deterministic_algorithms_enabled() or not cpu_model.may_measure():
+        return [choose(work, device, False)]
+    times = predicted(work, device, False)
+    near = CLOSE if work.dtype in (torch.float32, torch.float64) else float("inf")  # the model is of these two
+    return [way for way in sorted(times, key=times.get) if times[way] <= near * min(times.values())]
+
+
+def fastest(calls: dict[str, Callable], *args) -> str:
+    """The one of the calls that takes the least time for these arguments."""
+    times = {way: cpu_model.seconds_of(lambda call=call: call(*args)) for way, call in calls.items()}
     return min(times, key=times.get)
 
 

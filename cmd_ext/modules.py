@@ -95,13 +95,17 @@ class _LowRankSparse(nn.Module):
 
         Assign one of these to override the choice, "auto" to return to it. The automatic choice is what `dispatch`
         predicts to be fastest for the device, the dtype and the size of the latest call; "dense" where U V and S
-        together would take longer than W, and on devices without our kernels. A rebuilt W is kept until a parameter
-        changes, but for calls that record gradients, which rebuild it each time; so are, on the CPU, the packed weights
-        of the fused kernels, for each of the latest input sizes.
+        together would take longer than W, and on devices without our kernels. On the CPU, calls without gradients time
+        the candidates once for each input size where the prediction is close (CMD_EXT_AUTOTUNE=0 leaves it at that).
+        A rebuilt W is kept until a parameter changes, but for calls that record gradients, which rebuild it each time;
+        so are, on the CPU, the packed weights of the fused kernels, for each of the latest input sizes.
         """
         if self._backend != "auto":
             return self._backend
-        return dispatch.choose(self._work(), self.u.device, rebuild=self._records_gradients())
+        kept, rebuild = self._kept, self._records_gradients()
+        if kept is not None and not rebuild and self._noted in kept[2] and _is_state(kept[0], self._sources()):
+            return kept[2][self._noted]
+        return dispatch.choose(self._work(), self.u.device, rebuild)
 
     @backend.setter
     def backend(self, choice: str) -> None:
@@ -114,9 +118,7 @@ class _LowRankSparse(nn.Module):
     @property
     def predicted_ms(self) -> dict[str, float]:
         """Predicted milliseconds of the latest call's size by backend; empty on devices without a model."""
-        if self.u.device.type != "cuda":
-            return {}
-        times = dispatch.predict(self._work(), dispatch.load_rates(self.u.device), self._records_gradients())
+        times = dispatch.predicted(self._work(), self.u.device, self._records_gradients())
         return {backend: 1e3 * seconds for backend, seconds in times.items()}
 
     def _work(self) -> dispatch.Work:
@@ -177,17 +179,26 @@ class _LowRankSparse(nn.Module):
         return call(self, x)
 
     def _prepare(self, x: Tensor, shared: dict):
+        """A function of (layer, x) for inputs like x, without gradients; `shared` tells the choice for their size."""
+        if self._backend != "auto":
+            return self._prepare_by(self._backend, x, shared)
+        ways = dispatch.candidates(self._work(), x.device)
+        calls = {way: self._prepare_by(way, x, shared) for way in ways}
+        shared[x.shape] = way = ways[0] if len(ways) == 1 else dispatch.fastest(calls, self, x)
+        return calls[way]
+
+    def _prepare_by(self, backend: str, x: Tensor, shared: dict):
         """A function of (layer, x) for inputs like x, without gradients.
 
         It holds what depends on the weights alone: W for the dense backend, the plan of the fused kernels. What serves
         several sizes is left in `shared`.
         """
-        if self.backend == "dense":
+        if backend == "dense":
             matrix = shared.get("matrix")
             if matrix is None:
                 matrix = shared["matrix"] = self._matrix()
             return lambda layer, x: layer._dense(x, matrix)
-        return type(self)._compute
+        return lambda layer, x: layer._compute(x, backend)
 
     def _apply(self, fn, recurse=True):
         self._kept = None  # an empty tensor's dtype and device are no part of the state
@@ -319,8 +330,8 @@ class CMDLinear(_LowRankSparse):
         layer._assign(fit, linear)
         return layer
 
-    def _compute(self, x: Tensor) -> Tensor:
-        backend = self.backend
+    def _compute(self, x: Tensor, backend: str | None = None) -> Tensor:
+        backend = backend or self.backend
         if backend == "fused":
             return ops.lrs_linear(x, self.u, self.v, self.values, self.pattern, self.bias)
         if backend == "lowrank":
@@ -330,12 +341,11 @@ class CMDLinear(_LowRankSparse):
     def _dense(self, x: Tensor, matrix: Tensor) -> Tensor:
         return F.linear(x, matrix, self._bias())
 
-    def _prepare(self, x: Tensor, shared: dict):
-        backend = self.backend
+    def _prepare_by(self, backend: str, x: Tensor, shared: dict):
         if backend == "lowrank":
             return lambda layer, x: F.linear(F.linear(x, layer.v), layer.u, layer._bias())
         if backend != "fused" or x.device.type != "cpu" or x.dtype != self.u.dtype or x.numel() == 0:
-            return super()._prepare(x, shared)
+            return super()._prepare_by(backend, x, shared)
         few = x.numel() <= ops.FEW_SAMPLES * self.in_features
         key = few, torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu")
         plan = shared.get(key)
@@ -440,8 +450,8 @@ class CMDConv2d(_LowRankSparse):
     def _geometry(self) -> tuple:
         return self.stride, self._inner_padding, self.dilation, self.groups
 
-    def _compute(self, x: Tensor) -> Tensor:
-        backend, kernel = self.backend, self.kernel_size
+    def _compute(self, x: Tensor, backend: str | None = None) -> Tensor:
+        backend, kernel = backend or self.backend, self.kernel_size
         if backend == "fused":
             return ops.lrs_conv2d(x, self.u, self.v, self.values, self.pattern, self.bias, kernel, *self._geometry)
         if backend == "lowrank" and self.rank > 0:
@@ -452,9 +462,9 @@ class CMDConv2d(_LowRankSparse):
     def _dense(self, x: Tensor, matrix: Tensor) -> Tensor:
         return F.conv2d(x, matrix.view(self.out_channels, -1, *self.kernel_size), self.bias, *self._geometry)
 
-    def _prepare(self, x: Tensor, shared: dict):
-        if self.backend != "fused" or x.device.type != "cpu" or x.shape[0] == 0 or x.dtype != self.u.dtype:
-            return super()._prepare(x, shared)
+    def _prepare_by(self, backend: str, x: Tensor, shared: dict):
+        if backend != "fused" or x.device.type != "cpu" or x.shape[0] == 0 or x.dtype != self.u.dtype:
+            return super()._prepare_by(backend, x, shared)
         weights = (self.u, self.v, self.values, self.pattern)
         plan = ops.plan_lrs_conv2d(*weights, x.shape, self.kernel_size, *self._geometry)
         return lambda layer, x: ops.planned_lrs_conv2d(x, plan, layer.bias)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from cmd_ext import cpu_model, dispatch
+from cmd_ext import CMDLinear, cpu_model, dispatch
 from cmd_ext.cpu_model import DEFAULTS
 from cmd_ext.work import Work
 
@@ -116,3 +116,13 @@ def test_measured_calls_compute_the_same_layer():
         assert dense().shape == fused().shape
         assert work.outputs == dense().numel()
         assert work.tokens * work.m == work.outputs
+
+
+def test_a_layer_shows_predicted_milliseconds():
+    layer = CMDLinear(64, 32, rank=4, density=0.1)
+    with torch.no_grad():
+        layer(torch.randn(5, 64))
+    milliseconds = layer.predicted_ms
+    assert set(milliseconds) == {"dense", "fused"}
+    assert all(0 < value < 10 for value in milliseconds.values())
+    assert layer.backend == min(milliseconds, key=milliseconds.get)

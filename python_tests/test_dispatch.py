@@ -5,11 +5,12 @@ from __future__ import annotations
 import copy
 import dataclasses
 import pickle
+import time
 
 import pytest
 import torch
 
-from cmd_ext import CMDConv2d, CMDLinear, dispatch
+from cmd_ext import CMDConv2d, CMDLinear, cpu_model, dispatch
 from cmd_ext.dispatch import DATA_SHEETS, Work, predict
 
 A100, H100 = DATA_SHEETS[8, 0], DATA_SHEETS[9, 0]
@@ -158,3 +159,62 @@ def test_the_size_of_the_latest_call_is_remembered():
     assert conv._work() == Work(6, 36, 1, 1, conv.nnz, 3 * 5 * 4, 3 * 4 * 9 * 8, 3 * 5 * 4 * 6, torch.float32, True)
     conv(torch.randn(4, 9, 8))
     assert conv._tokens == 20
+
+
+@pytest.fixture
+def tuning(monkeypatch):
+    """Timing is on, the model is that of the defaults."""
+    monkeypatch.setenv("CMD_EXT_AUTOTUNE", "1")
+    monkeypatch.setattr(cpu_model, "load_rates", lambda _: cpu_model.DEFAULTS)
+    monkeypatch.setattr(dispatch, "CLOSE", 1e9)
+
+
+@pytest.mark.parametrize("layer", [CMDLinear(12, 10, rank=2, density=0), CMDConv2d(4, 6, 3, rank=2, density=0.3)])
+def test_close_candidates_are_timed_once_for_each_size(layer, tuning, monkeypatch):
+    timed = []
+
+    def fastest(calls, layer, x):
+        results = {way: call(layer, x) for way, call in calls.items()}
+        for result in results.values():
+            torch.testing.assert_close(result, layer.to_dense()(x))
+        timed.append(tuple(x.shape))
+        return sorted(calls)[len(timed) % 2]
+
+    monkeypatch.setattr(dispatch, "fastest", fastest)
+    inputs = [torch.randn(n, *((12,) if isinstance(layer, CMDLinear) else (4, 5, 6))) for n in (1, 2, 1, 2)]
+    with torch.no_grad():
+        chosen = []
+        for x in inputs:
+            torch.testing.assert_close(layer(x), layer.to_dense()(x))
+            chosen.append(layer.backend)
+        assert timed == [tuple(x.shape) for x in inputs[:2]]
+        assert chosen[:2] == chosen[2:]
+        assert chosen[0] != chosen[1]
+        layer.u.mul_(2)
+        layer(inputs[0])
+        assert len(timed) == 3, "what was chosen for other weights"
+    layer.backend = "dense"
+    with torch.no_grad():
+        layer(inputs[0])
+    assert (len(timed), layer.backend) == (3, "dense")
+    layer.backend = "auto"
+
+
+def test_the_fastest_candidate_is_taken(tuning):
+    def slow(*_):
+        time.sleep(0.002)
+
+    assert dispatch.fastest({"dense": slow, "fused": lambda *_: None}, None, None) == "fused"
+
+
+def test_nothing_is_timed_for_deterministic_results(tuning, monkeypatch):
+    work, cpu = linear(64, 0.05, torch.float32, rank=64), torch.device("cpu")
+    assert len(dispatch.candidates(work, cpu)) == 2
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert len(dispatch.candidates(work, cpu)) == 1
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert len(dispatch.candidates(work, torch.device("meta"))) == 1
+    monkeypatch.setattr(dispatch, "CLOSE", 1)
+    assert dispatch.candidates(work, cpu) == [dispatch.choose(work, cpu, False)]
