@@ -1,10 +1,16 @@
-// Entry point of truncated_svd: subspace iteration from a given basis, then an exact SVD of the small factor.
+// Entry point of truncated_svd: the leading singular triplets of each matrix, by a Gram matrix or a subspace iteration.
 //
-//   Q = qr(A basis);  n_iter times: Q = qr(A qr(A^T Q));  A^T Q = P R  =>  A ~ Q R^T P^T,  R^T = X s Y^T
-//   =>  u = Q X,  vh = (P Y)^T
+//   leading triplets of w [s, n], s <= n:  -w w^T = E lambda E^T,  U = E[:, :rank],  U^T w = diag(sigma) V^T
+//   small:  w = a (or a^T), exact at any rank
+//   large:  Q = orthonormal(a basis);  n_iter times: Q = orthonormal(a orthonormal(a^T Q));  w = Q^T a;  u = Q U
 //
-// The two QR steps keep small singular values to eps * s_max (a Gram matrix would square that). On the CPU all of the
-// work is GEMM, QR and a small SVD, which torch's LAPACK and BLAS do best, batched; so there is no kernel of our own.
+// Cost on the CPU: s^2 n multiply-adds for half of the Gram matrix, eigh of s x s and 2 rank s n more; a full SVD of
+// w takes about ten times as long from 256 rows on, and a subspace iteration that is as exact takes longer than eigh.
+// Up to kGramSide rows therefore nothing is iterated, except from a given basis (n_iter = 0): that pass costs less.
+// A Gram matrix squares the condition number: sigma_i comes out to eps sigma_1^2 / sigma_i. Where sigma_rank lies below
+// eps^(1/4) sigma_1, float goes on in double and double to QR and the SVD of its small factor, so small singular values
+// are good to eps sigma_1. Orthonormal rows come from Cholesky QR in double, by Householder where they are dependent.
+// There is no kernel of our own: the work is GEMM, eigh and triangular solves, which torch's BLAS and LAPACK do best.
 // Columns are signed so that the entry of u largest in magnitude is positive: the same input gives the same output.
 //
 // On a GPU the products are torch's (so float32 ones follow torch's setting for TF32), the rest is cuda/svd.cuh, and
@@ -24,6 +30,8 @@ namespace {
 
 Tensor transposed(const Tensor& t) { return torch::stable::transpose(t, 1, 2); }
 
+using Triplets = std::tuple<Tensor, Tensor, Tensor>;
+
 // The two results of linalg_qr.
 std::pair<Tensor, Tensor> qr(const Tensor& t) {
   std::array<StableIValue, 2> stack{torch::stable::detail::from(t),
@@ -32,7 +40,7 @@ std::pair<Tensor, Tensor> qr(const Tensor& t) {
   return {torch::stable::detail::to<Tensor>(stack[0]), torch::stable::detail::to<Tensor>(stack[1])};
 }
 
-std::tuple<Tensor, Tensor, Tensor> svd(const Tensor& t) {
+Triplets svd(const Tensor& t) {
   std::array<StableIValue, 3> stack{torch::stable::detail::from(t), torch::stable::detail::from(false),
                                     torch::stable::detail::from(std::optional<std::string>())};
   check(torch_call_dispatcher("aten::linalg_svd", "", stack.data(), TORCH_ABI_VERSION) == AOTI_TORCH_SUCCESS,
@@ -41,18 +49,43 @@ std::tuple<Tensor, Tensor, Tensor> svd(const Tensor& t) {
           torch::stable::detail::to<Tensor>(stack[2])};
 }
 
-// Flips column j of u [b, m, r] and row j of vh [b, r, n] where u's largest entry is negative.
+// Ascending eigenvalues and the eigenvectors of the symmetric matrices whose lower triangles t holds; false if one did
+// not converge.
+std::optional<std::pair<Tensor, Tensor>> eigh(const Tensor& t) {
+  std::array<StableIValue, 2> stack{torch::stable::detail::from(t), torch::stable::detail::from(std::string("L"))};
+  if (torch_call_dispatcher("aten::linalg_eigh", "", stack.data(), TORCH_ABI_VERSION) != AOTI_TORCH_SUCCESS) return {};
+  return std::pair{torch::stable::detail::to<Tensor>(stack[0]), torch::stable::detail::to<Tensor>(stack[1])};
+}
+
+// Lower Cholesky factors in double; those of matrices that have none are not to be read: `info` is not 0 there.
+std::pair<Tensor, Tensor> cholesky(const Tensor& t) {
+  std::array<StableIValue, 3> stack{torch::stable::detail::from(t), torch::stable::detail::from(false),
+                                    torch::stable::detail::from(false)};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linalg_cholesky_ex", "", stack.data(), TORCH_ABI_VERSION));
+  return {torch::stable::contiguous(torch::stable::detail::to<Tensor>(stack[0])),
+          torch::stable::detail::to<Tensor>(stack[1])};
+}
+
+// Flips column j of u [b, m, r] and row j of vh [b, r, n] where u's largest entry is negative; evens out s [b, r],
+// which descends but for rounding.
 template <class T>
-void fix_signs(T* u, T* vh, int64_t b, int64_t m, int64_t r, int64_t n) {
-  for (int64_t i = 0; i < b; ++i, u += m * r, vh += r * n)
+void settle(T* u, T* s, T* vh, int64_t b, int64_t m, int64_t r, int64_t n) {
+  std::vector<T> largest(r);
+  for (int64_t i = 0; i < b; ++i, u += m * r, s += r, vh += r * n) {
+    std::fill(largest.begin(), largest.end(), T(0));
+    for (int64_t k = 0; k < m; ++k)
+      for (int64_t j = 0; j < r; ++j) {
+        const T entry = u[k * r + j];
+        largest[j] = std::abs(entry) > std::abs(largest[j]) ? entry : largest[j];
+      }
+    for (int64_t k = 0; k < m; ++k)
+      for (int64_t j = 0; j < r; ++j) u[k * r + j] = largest[j] < 0 ? -u[k * r + j] : u[k * r + j];
     for (int64_t j = 0; j < r; ++j) {
-      T largest = 0;
-      for (int64_t k = 0; k < m; ++k)
-        if (std::abs(u[k * r + j]) > std::abs(largest)) largest = u[k * r + j];
-      if (largest >= 0) continue;
-      for (int64_t k = 0; k < m; ++k) u[k * r + j] = -u[k * r + j];
-      for (int64_t k = 0; k < n; ++k) vh[j * n + k] = -vh[j * n + k];
+      if (j > 0) s[j] = std::min(s[j], s[j - 1]);
+      if (largest[j] < 0)
+        for (int64_t k = 0; k < n; ++k) vh[j * n + k] = -vh[j * n + k];
     }
+  }
 }
 
 #ifdef CMD_EXT_GPU
@@ -158,6 +191,137 @@ std::tuple<Tensor, Tensor, Tensor> truncated_svd_on_gpu(const Tensor& a, const T
 
 #endif
 
+constexpr int64_t kSmallSide = 64;   // the Gram matrix wins even over one pass from a basis
+constexpr int64_t kGramSide = 1024;  // and up to here over a subspace iteration
+constexpr int64_t kGramPanel = 128;  // rows of it in one product
+
+double epsilon(ScalarType type) {
+  return type == ScalarType::Double ? std::numeric_limits<double>::epsilon() : std::numeric_limits<float>::epsilon();
+}
+
+Tensor leading(Tensor t, int64_t dim, int64_t count) { return torch::stable::narrow(t, dim, 0, count); }
+
+// Orthonormal rows that span those of y [b, l, m], row i those of the first i + 1, and the norms of y's rows.
+//   y y^T = L L^T,  q = L^-1 y
+// The pivot L_ii / |y_i| is the sine of the angle between row i and those before it: q is orthonormal to
+// eps(double) / pivot^2.
+std::pair<Tensor, Tensor> orthonormal_rows(const Tensor& y) {
+  const ScalarType type = y.scalar_type();
+  const int64_t b = y.size(0), l = y.size(1);
+  const double fine = 0.5 * std::sqrt(epsilon(ScalarType::Double) / epsilon(type)), dependent = 1e-5;
+  Tensor q = as_type(y, ScalarType::Double), norms = torch::stable::new_empty(q, {b, l});
+  double* norm = norms.mutable_data_ptr<double>();
+  for (int pass = 0; pass < 3; ++pass) {
+    const Tensor gram = torch::stable::matmul(q, transposed(q));
+    const auto [factor, info] = cholesky(gram);
+    const double *squares = gram.const_data_ptr<double>(), *l_factor = factor.const_data_ptr<double>();
+    double pivot = 1;
+    for (int64_t i = 0; i < b; ++i) {
+      if (info.const_data_ptr<int32_t>()[i] != 0) pivot = 0;
+      for (int64_t j = 0; j < l; ++j) {
+        const int64_t diagonal = (i * l + j) * l + j;
+        const double length = std::sqrt(squares[diagonal]);
+        if (pass == 0) norm[i * l + j] = length;
+        pivot = l_factor[diagonal] > pivot * length ? pivot : l_factor[diagonal] / length;
+      }
+    }
+    if (!(pivot > dependent)) break;
+    q = call("aten::linalg_solve_triangular", "", factor, q, false, true, false);
+    if (pivot > fine) return {as_type(q, type), norms};
+  }
+  const auto [householder, r] = qr(transposed(y));
+  q = torch::stable::contiguous(transposed(householder));
+  const Tensor upper = torch::stable::contiguous(r);
+  dispatch(type, [&](auto tag) {
+    using T = decltype(tag);
+    const int64_t m = y.size(2);
+    T* row = q.mutable_data_ptr<T>();
+    const T* r_factor = upper.const_data_ptr<T>();
+    for (int64_t i = 0; i < b * l; ++i, row += m)
+      if (r_factor[i * l + i % l] < 0)
+        for (int64_t k = 0; k < m; ++k) row[k] = -row[k];
+  });
+  return {q, norms};
+}
+
+// The lower triangle of -w w^T, negative so that eigh lists the largest singular value first.
+Tensor negated_gram(Tensor w) {
+  const int64_t b = w.size(0), s = w.size(1);
+  Tensor gram = torch::stable::new_zeros(w, {b, s, s});
+  for (int64_t row = 0; row < s; row += kGramPanel) {
+    const int64_t end = std::min(row + kGramPanel, s);
+    const Tensor product =
+        torch::stable::matmul(torch::stable::narrow(w, 1, row, end - row), transposed(leading(w, 1, end)));
+    Tensor panel = torch::stable::narrow(gram, 1, row, end - row);
+    panel = leading(panel, 2, end);
+    torch::stable::copy_(panel, torch::stable::subtract(panel, product));
+  }
+  return gram;
+}
+
+// Whether squares of entries neither overflowed nor vanished in a Gram matrix.
+template <class T>
+bool in_range(const Tensor& gram) {
+  const int64_t s = gram.size(1);
+  const T* diagonal = gram.const_data_ptr<T>();
+  constexpr T eps = std::numeric_limits<T>::epsilon(), least = std::numeric_limits<T>::min() / (eps * eps);
+  for (int64_t i = 0; i < gram.size(0); ++i, diagonal += s * s) {
+    T trace = 0;
+    for (int64_t j = 0; j < s; ++j) trace -= diagonal[j * s + j];
+    if (!(trace >= least && trace <= std::numeric_limits<T>::max())) return false;
+  }
+  return true;
+}
+
+// The leading triplets of each w [b, s, n] with s <= n through its Gram matrix; nothing if one of them has
+// sigma_rank^2 < least sigma_1^2, or is out of range.
+std::optional<Triplets> by_gram(const Tensor& w, int64_t rank, double least) {
+  const Tensor gram = negated_gram(w);
+  bool fine = false;
+  dispatch(w.scalar_type(), [&](auto tag) { fine = in_range<decltype(tag)>(gram); });
+  if (!fine) return {};
+  const auto decomposed = eigh(gram);
+  if (!decomposed) return {};
+  const auto& [values, vectors] = *decomposed;
+  dispatch(w.scalar_type(), [&](auto tag) {
+    const int64_t s = w.size(1);
+    const auto* lambda = values.template const_data_ptr<decltype(tag)>();
+    for (int64_t i = 0; i < w.size(0); ++i, lambda += s) fine = fine && -lambda[rank - 1] >= least * -lambda[0];
+  });
+  if (!fine) return {};
+  const Tensor u = leading(vectors, 2, rank);
+  const auto [vh, norms] = orthonormal_rows(torch::stable::matmul(transposed(u), w));
+  return Triplets{u, as_type(norms, w.scalar_type()), vh};
+}
+
+// The leading triplets of each w [b, s, n] with s <= n.
+Triplets triplets(Tensor w, int64_t rank) {
+  const ScalarType type = w.scalar_type();
+  const int64_t b = w.size(0);
+  if (const auto found = by_gram(w, rank, std::sqrt(epsilon(type)))) return *found;
+  if (b > 1) {  // at least one of them is ill-conditioned
+    Triplets all{torch::stable::new_empty(w, {b, w.size(1), rank}), torch::stable::new_empty(w, {b, rank}),
+                 torch::stable::new_empty(w, {b, rank, w.size(2)})};
+    const auto put = [](Tensor& all, int64_t i, const Tensor& one) {
+      Tensor slot = torch::stable::narrow(all, 0, i, 1);
+      torch::stable::copy_(slot, one);
+    };
+    for (int64_t i = 0; i < b; ++i) {
+      const auto [u, s, vh] = triplets(torch::stable::narrow(w, 0, i, 1), rank);
+      put(std::get<0>(all), i, u), put(std::get<1>(all), i, s), put(std::get<2>(all), i, vh);
+    }
+    return all;
+  }
+  if (type == ScalarType::Float)
+    if (const auto found = by_gram(as_type(w, ScalarType::Double), rank, -1)) {
+      const auto& [u, s, vh] = *found;
+      return {as_type(u, type), as_type(s, type), as_type(vh, type)};
+    }
+  const auto [p, r] = qr(transposed(w));
+  const auto [x, s, yh] = svd(transposed(r));
+  return {leading(x, 2, rank), leading(s, 1, rank), torch::stable::matmul(leading(yh, 1, rank), transposed(p))};
+}
+
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor> truncated_svd(const Tensor& a, const Tensor& basis, int64_t rank, int64_t n_iter) {
@@ -180,22 +344,25 @@ std::tuple<Tensor, Tensor, Tensor> truncated_svd(const Tensor& a, const Tensor& 
   if (on_gpu(a)) return truncated_svd_on_gpu(a, basis, rank, n_iter);
 #endif
 
+  const int64_t side = std::min(m, n);
+  const bool exact = l == side || side <= kSmallSide || (n_iter > 0 && side <= kGramSide), tall = exact && m > n;
   const Tensor at = transposed(a);
-  Tensor q = qr(torch::stable::matmul(a, basis)).first;
-  for (int64_t i = 0; i < n_iter; ++i) q = qr(torch::stable::matmul(a, qr(torch::stable::matmul(at, q)).first)).first;
-  const auto [p, r] = qr(torch::stable::matmul(at, q));
-  const auto [x, s, yh] = svd(transposed(r));
-
-  const auto leading = [&](Tensor t, int64_t dim) {  // narrow takes its tensor by non-const reference
-    return torch::stable::narrow(t, dim, 0, rank);
-  };
-  Tensor u = torch::stable::contiguous(torch::stable::matmul(q, leading(x, 2)));
-  Tensor vh = torch::stable::contiguous(torch::stable::matmul(leading(yh, 1), transposed(p)));
+  Tensor q;
+  if (!exact) {
+    q = orthonormal_rows(torch::stable::matmul(transposed(basis), at)).first;
+    for (int64_t i = 0; i < n_iter; ++i) {
+      const Tensor back = orthonormal_rows(torch::stable::matmul(q, a)).first;
+      q = orthonormal_rows(torch::stable::matmul(back, at)).first;
+    }
+  }
+  const auto [x, s, y] = triplets(tall ? at : exact ? a : torch::stable::matmul(q, a), rank);
+  Tensor u = torch::stable::contiguous(tall ? transposed(y) : exact ? x : torch::stable::matmul(transposed(q), x));
+  Tensor sigma = torch::stable::contiguous(s), vh = torch::stable::contiguous(tall ? transposed(x) : y);
   dispatch(a.scalar_type(), [&](auto tag) {
     using T = decltype(tag);
-    fix_signs(u.mutable_data_ptr<T>(), vh.mutable_data_ptr<T>(), b, m, rank, n);
+    settle(u.mutable_data_ptr<T>(), sigma.mutable_data_ptr<T>(), vh.mutable_data_ptr<T>(), b, m, rank, n);
   });
-  return {u, torch::stable::contiguous(leading(s, 1)), vh};
+  return {u, sigma, vh};
 }
 
 }  // namespace cmd_ext
