@@ -22,7 +22,7 @@ from torch import Tensor
 from . import dispatch, ops
 
 DEFAULT_COEFFICIENT = 0.7  # the best or near-best share of S on real layers once a third of the entries is kept
-_GRAM_SIDE = 1024  # up to this short side eigh of the Gram matrix beats subspace iteration
+_EXACT_SIDE = 1024  # up to this short side the start is exact: its cost is a few passes
 
 
 @dataclass
@@ -198,9 +198,8 @@ def _sizes(m, n, groups, rank, nnz, budget, coefficient) -> tuple[int, int]:
 def _linear_index(row_ptr: Tensor, col_idx: Tensor, n: int) -> Tensor:
     """Where the nonzeros lie in the flattened matrix, or in the flattened batch of [b, m + 1] and [b, nnz]."""
     counts = row_ptr.diff().flatten().long()
-    rows = torch.arange(len(counts), device=row_ptr.device)
-    rows = torch.repeat_interleave(rows, counts, output_size=col_idx.numel())
-    return rows * n + col_idx.flatten()
+    starts = torch.arange(0, len(counts) * n, n, device=row_ptr.device)
+    return torch.repeat_interleave(starts, counts, output_size=col_idx.numel()).add_(col_idx.flatten())
 
 
 def _fit(w: Tensor, groups: int, rank: int, nnz: int, n_iter: int, tol: float, generator) -> list[Decomposition]:
@@ -213,6 +212,7 @@ def _fit(w: Tensor, groups: int, rank: int, nnz: int, n_iter: int, tol: float, g
     else:
         u, v = _leading_part(blocks, rank, generator)
     history: list[Tensor] = []
+    rest = torch.empty_like(w)
     passes = n_iter if 0 < rank < min(m // groups, n) and 0 < nnz < m * n else 1
     for t in range(1, passes + 1):
         growing = 2 * t < passes
@@ -221,9 +221,9 @@ def _fit(w: Tensor, groups: int, rank: int, nnz: int, n_iter: int, tol: float, g
         history.append(s.error / norms.clamp_min(torch.finfo(torch.float64).tiny))
         if t == passes or (not growing and len(history) > 1 and not _improves(history, tol)):
             break
-        rest = _subtract(w, s).view_as(blocks)
-        u = torch.linalg.qr(torch.bmm(rest, v.mT)).Q
-        v = torch.bmm(u.mT, rest)
+        rest.copy_(w).view(-1)[_linear_index(s.row_ptr, s.col_idx, n)] -= s.values.flatten()
+        u = torch.linalg.qr(torch.bmm(rest.view_as(blocks), v.mT)).Q
+        v = torch.bmm(u.mT, rest.view_as(blocks))
     return _results(w, u, v, s, groups, history)
 
 
@@ -238,7 +238,7 @@ def _leading_part(w: Tensor, rank: int, generator) -> tuple[Tensor, Tensor]:
     if rank == min(m, n):  # nothing to approximate
         identity = torch.eye(rank, dtype=w.dtype, device=w.device).expand(len(w), rank, rank)
         return (identity, w) if m <= n else (w, identity)
-    if min(m, n) <= _GRAM_SIDE:
+    if min(m, n) <= _EXACT_SIDE and w.is_cuda:
         gram = torch.bmm(w, w.mT) if m <= n else torch.bmm(w.mT, w)
         try:
             q = torch.linalg.eigh(gram).eigenvectors[..., -rank:].flip(-1)
@@ -248,7 +248,8 @@ def _leading_part(w: Tensor, rank: int, generator) -> tuple[Tensor, Tensor]:
         return (q, torch.bmm(q.mT, w)) if m <= n else (torch.bmm(w, q), q.mT.contiguous())
     if generator is None:
         generator = torch.Generator(w.device).manual_seed(0)
-    u, s, vh = ops.truncated_svd(w, rank, n_iter=4, oversample=8, generator=generator)
+    oversample = min(m, n) if min(m, n) <= _EXACT_SIDE else 8
+    u, s, vh = ops.truncated_svd(w, rank, n_iter=4, oversample=oversample, generator=generator)
     return u, s[..., None] * vh
 
 
@@ -264,14 +265,9 @@ class _Sparse:
 
 def _sparse_part(w: Tensor, u: Tensor, v: Tensor, nnz: int) -> _Sparse:
     residual, values, row_ptr, col_idx = ops.residual_topk_csr(w, u, v, nnz)
-    left = residual.double().square().sum((1, 2)) - values.double().square().sum(1)
+    squares = torch.linalg.vector_norm(residual, dim=2).double().square().sum(1)  # a row is short enough for float32
+    left = squares - torch.linalg.vector_norm(values, dim=1, dtype=torch.float64).square()
     return _Sparse(values, row_ptr, col_idx, left.clamp_min(0).sqrt())
-
-
-def _subtract(w: Tensor, s: _Sparse) -> Tensor:
-    rest = w.clone()
-    rest.view(-1)[_linear_index(s.row_ptr, s.col_idx, w.shape[-1])] -= s.values.flatten()
-    return rest
 
 
 def _results(w, u, v, s: _Sparse, groups: int, history: list[Tensor]) -> list[Decomposition]:

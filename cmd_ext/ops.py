@@ -135,6 +135,8 @@ for _name in (
 
 # truncated_svd ------------------------------------------------------------------------------------------------------
 
+_GRAM_SIDE = 768  # up to this short side eigh of the Gram matrix costs about as much as n_iter = 4 on the CPU
+
 
 def truncated_svd(
     a: Tensor,
@@ -145,14 +147,15 @@ def truncated_svd(
     basis: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Leading `rank` singular triplets of each matrix, by subspace iteration.
+    """Leading `rank` singular triplets of each matrix, by its Gram matrix or by subspace iteration.
 
     Args:
         a: [b, m, n] or [m, n], float32 or float64.
         rank: 0 <= rank <= min(m, n).
         n_iter: steps of subspace iteration; 0 is enough with a warm `basis`.
-        oversample: extra columns of the random start.
-        basis: [b, n, l] or [n, l] start with rank <= l <= min(m, n), e.g. the previous vh transposed. Random if None.
+        oversample: extra columns of the random start; enough of them to reach min(m, n) make the result exact.
+        basis: [b, n, l] or [n, l] start with rank <= l <= min(m, n), e.g. the previous vh transposed. Random if None;
+            on the CPU, nothing is iterated then up to a short side of 768: the result is exact.
         generator: of the random start.
 
     Returns:
@@ -162,11 +165,13 @@ def truncated_svd(
     Raises:
         ValueError: rank, basis or a 16-bit dtype do not fit; on the CPU also NaN or infinity in a.
 
-    On a GPU nothing waits for the device, so NaN in a gives NaN; matrices with a short side up to 64 are decomposed
-    exactly there, whatever basis and n_iter.
+    Up to a short side of 64 the result is exact, whatever basis and n_iter. Exact means eps * s[0] in s:
+    a Gram matrix squares the condition number, so where s[rank - 1] < eps**0.25 * s[0] the CPU goes on in double for
+    float32 (about twice the time) and to the SVD of a triangular factor for float64. On a GPU nothing waits for the
+    device, so NaN in a gives NaN.
 
-    Source: Halko, Martinsson, Tropp, SIAM Review 2011, algorithm 4.4. The error grows where s[rank] / s[rank - 1] is
-    near 1.
+    Source: Halko, Martinsson, Tropp, SIAM Review 2011, algorithm 4.4; its error grows where s[rank] / s[rank - 1] is
+    near 1. Yamamoto et al., ETNA 2015 (Cholesky QR twice).
     """
     single = a.dim() == 2
     if single:
@@ -177,8 +182,12 @@ def truncated_svd(
     if not 0 <= rank <= min(m, n):
         raise ValueError(f"truncated_svd: rank must lie in [0, min(m, n)] = [0, {min(m, n)}], got {rank}")
     if basis is None:
-        columns = min(rank + oversample, m, n)
-        basis = torch.randn(b, n, columns, dtype=a.dtype, device=a.device, generator=generator)
+        exact = a.device.type == "cpu" and min(m, n) <= _GRAM_SIDE
+        columns = min(m, n) if exact else min(rank + oversample, m, n)
+        if columns == min(m, n):  # spans everything, so that its entries are not read
+            basis = a.new_zeros(b, n, 1).expand(b, n, columns)
+        else:
+            basis = torch.randn(b, n, columns, dtype=a.dtype, device=a.device, generator=generator)
     _check_dtypes("truncated_svd", "a", a, basis=basis)
     u, s, vh = _ops.truncated_svd(a, basis, rank, n_iter)
     return (u[0], s[0], vh[0]) if single else (u, s, vh)

@@ -191,8 +191,7 @@ std::tuple<Tensor, Tensor, Tensor> truncated_svd_on_gpu(const Tensor& a, const T
 
 #endif
 
-constexpr int64_t kSmallSide = 64;   // the Gram matrix wins even over one pass from a basis
-constexpr int64_t kGramSide = 1024;  // and up to here over a subspace iteration
+constexpr int64_t kSmallSide = 64;  // the Gram matrix of a whole matrix costs no more than one pass from a basis
 constexpr int64_t kGramPanel = 128;  // rows of it in one product
 
 double epsilon(ScalarType type) {
@@ -201,47 +200,61 @@ double epsilon(ScalarType type) {
 
 Tensor leading(Tensor t, int64_t dim, int64_t count) { return torch::stable::narrow(t, dim, 0, count); }
 
-// Orthonormal rows that span those of y [b, l, m], row i those of the first i + 1, and the norms of y's rows.
-//   y y^T = L L^T,  q = L^-1 y
-// The pivot L_ii / |y_i| is the sine of the angle between row i and those before it: q is orthonormal to
-// eps(double) / pivot^2.
+// The norms of the rows of q [b, l, m] and L^-1 of their Gram matrix L L^T, in double, and the least pivot L_ii /
+// |q_i|, the sine of the angle between a row and those before it; 0 where there is no L.
+std::tuple<Tensor, Tensor, double> inverse_factor(const Tensor& q) {
+  const int64_t b = q.size(0), l = q.size(1);
+  const Tensor gram = as_type(torch::stable::matmul(q, transposed(q)), ScalarType::Double);
+  const auto [factor, info] = cholesky(gram);
+  Tensor norms = torch::stable::new_empty(gram, {b, l}), identity = torch::stable::new_zeros(gram, {b, l, l});
+  const double *square = gram.const_data_ptr<double>(), *root = factor.const_data_ptr<double>();
+  double *norm = norms.mutable_data_ptr<double>(), *one = identity.mutable_data_ptr<double>(), pivot = 1;
+  for (int64_t i = 0; i < b; ++i) {
+    if (info.const_data_ptr<int32_t>()[i] != 0) pivot = 0;
+    for (int64_t j = 0; j < l; ++j, ++norm) {
+      const int64_t diagonal = (i * l + j) * l + j;
+      *norm = std::sqrt(square[diagonal]);
+      one[diagonal] = 1;
+      pivot = root[diagonal] > pivot * *norm ? pivot : root[diagonal] / *norm;
+    }
+  }
+  if (!(pivot > 0)) return {norms, identity, 0};
+  return {norms, call("aten::linalg_solve_triangular", "", factor, identity, false, true, false), pivot};
+}
+
+// Orthonormal rows that span those of y [b, l, m], row i those of the first i + 1, and the norms of y's rows. Cholesky
+// QR in a type of precision eps leaves q orthonormal to eps / pivot^2: repeated until that is the precision of y, in
+// double where float would leave nothing of it.
 std::pair<Tensor, Tensor> orthonormal_rows(const Tensor& y) {
   const ScalarType type = y.scalar_type();
-  const int64_t b = y.size(0), l = y.size(1);
-  const double fine = 0.5 * std::sqrt(epsilon(ScalarType::Double) / epsilon(type)), dependent = 1e-5;
-  Tensor q = as_type(y, ScalarType::Double), norms = torch::stable::new_empty(q, {b, l});
-  double* norm = norms.mutable_data_ptr<double>();
-  for (int pass = 0; pass < 3; ++pass) {
-    const Tensor gram = torch::stable::matmul(q, transposed(q));
-    const auto [factor, info] = cholesky(gram);
-    const double *squares = gram.const_data_ptr<double>(), *l_factor = factor.const_data_ptr<double>();
-    double pivot = 1;
-    for (int64_t i = 0; i < b; ++i) {
-      if (info.const_data_ptr<int32_t>()[i] != 0) pivot = 0;
-      for (int64_t j = 0; j < l; ++j) {
-        const int64_t diagonal = (i * l + j) * l + j;
-        const double length = std::sqrt(squares[diagonal]);
-        if (pass == 0) norm[i * l + j] = length;
-        pivot = l_factor[diagonal] > pivot * length ? pivot : l_factor[diagonal] / length;
-      }
+  const double wanted = 4 * epsilon(type), usable = 0.01;
+  Tensor q = y, lengths;
+  for (int pass = 0; pass < 4; ++pass) {
+    const auto [norms, inverse, pivot] = inverse_factor(q);
+    if (pass == 0) lengths = norms;
+    const double error = epsilon(q.scalar_type()) / (pivot * pivot);
+    if (error < usable) {
+      q = torch::stable::matmul(as_type(inverse, q.scalar_type()), q);
+      if (error <= wanted) return {as_type(q, type), lengths};
+    } else if (q.scalar_type() == ScalarType::Float) {
+      q = as_type(q, ScalarType::Double);
+    } else {
+      break;
     }
-    if (!(pivot > dependent)) break;
-    q = call("aten::linalg_solve_triangular", "", factor, q, false, true, false);
-    if (pivot > fine) return {as_type(q, type), norms};
   }
-  const auto [householder, r] = qr(transposed(y));
-  q = torch::stable::contiguous(transposed(householder));
+  const auto [columns, r] = qr(transposed(y));
+  Tensor rows = torch::stable::contiguous(transposed(columns));
   const Tensor upper = torch::stable::contiguous(r);
   dispatch(type, [&](auto tag) {
     using T = decltype(tag);
-    const int64_t m = y.size(2);
-    T* row = q.mutable_data_ptr<T>();
-    const T* r_factor = upper.const_data_ptr<T>();
+    const int64_t b = y.size(0), l = y.size(1), m = y.size(2);
+    T* row = rows.mutable_data_ptr<T>();
+    const T* factor = upper.const_data_ptr<T>();
     for (int64_t i = 0; i < b * l; ++i, row += m)
-      if (r_factor[i * l + i % l] < 0)
+      if (factor[i * l + i % l] < 0)
         for (int64_t k = 0; k < m; ++k) row[k] = -row[k];
   });
-  return {q, norms};
+  return {rows, lengths};
 }
 
 // The lower triangle of -w w^T, negative so that eigh lists the largest singular value first.
@@ -345,7 +358,7 @@ std::tuple<Tensor, Tensor, Tensor> truncated_svd(const Tensor& a, const Tensor& 
 #endif
 
   const int64_t side = std::min(m, n);
-  const bool exact = l == side || side <= kSmallSide || (n_iter > 0 && side <= kGramSide), tall = exact && m > n;
+  const bool exact = l == side || side <= kSmallSide, tall = exact && m > n;
   const Tensor at = transposed(a);
   Tensor q;
   if (!exact) {
