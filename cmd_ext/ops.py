@@ -165,8 +165,8 @@ def truncated_svd(
     Raises:
         ValueError: rank, basis or a 16-bit dtype do not fit; on the CPU also NaN or infinity in a.
 
-    Up to a short side of 64 the result is exact, whatever basis and n_iter. Exact means eps * s[0] in s:
-    a Gram matrix squares the condition number, so where s[rank - 1] < eps**0.25 * s[0] the CPU goes on in double for
+    Up to a short side of 64 the result is exact, whatever basis and n_iter. Exact means some eps * s[0]
+    in s: a Gram matrix squares the condition number, so where s[rank - 1] < 0.03 * s[0] the CPU goes on in double for
     float32 (about twice the time) and to the SVD of a triangular factor for float64. On a GPU nothing waits for the
     device, so NaN in a gives NaN.
 

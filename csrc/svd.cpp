@@ -6,12 +6,13 @@
 //
 // Cost on the CPU: s^2 n multiply-adds for half of the Gram matrix, eigh of s x s and 2 rank s n more; a full SVD of
 // w takes about ten times as long from 256 rows on, and a subspace iteration that is as exact takes longer than eigh.
-// Up to kGramSide rows therefore nothing is iterated, except from a given basis (n_iter = 0): that pass costs less.
+// Where the basis spans everything, or s is at most 64, nothing is iterated therefore.
 // A Gram matrix squares the condition number: sigma_i comes out to eps sigma_1^2 / sigma_i. Where sigma_rank lies below
-// eps^(1/4) sigma_1, float goes on in double and double to QR and the SVD of its small factor, so small singular values
-// are good to eps sigma_1. Orthonormal rows come from Cholesky QR in double, by Householder where they are dependent.
-// There is no kernel of our own: the work is GEMM, eigh and triangular solves, which torch's BLAS and LAPACK do best.
-// Columns are signed so that the entry of u largest in magnitude is positive: the same input gives the same output.
+// 0.03 sigma_1, float goes on in double and double to QR and the SVD of its small factor, so that small singular values
+// are good to some 30 eps sigma_1. Orthonormal rows come from Cholesky QR in double, by Householder where they are
+// dependent. There is no kernel of our own: the work is GEMM, eigh and triangular solves, which torch's BLAS and LAPACK
+// do best. Columns are signed so that the entry of u largest in magnitude is positive: the same input gives the same
+// output.
 //
 // On a GPU the products are torch's (so float32 ones follow torch's setting for TF32), the rest is cuda/svd.cuh, and
 // nothing waits for the device: cuSOLVER's QR and SVD do, take the matrices of a batch one by one, or both. QR is
@@ -191,8 +192,9 @@ std::tuple<Tensor, Tensor, Tensor> truncated_svd_on_gpu(const Tensor& a, const T
 
 #endif
 
-constexpr int64_t kSmallSide = 64;  // the Gram matrix of a whole matrix costs no more than one pass from a basis
-constexpr int64_t kGramPanel = 128;  // rows of it in one product
+constexpr int64_t kSmallSide = 64;         // the Gram matrix of a whole matrix costs no more than one pass from a basis
+constexpr double kWellConditioned = 1e-3;  // sigma_rank^2 / sigma_1^2 that a Gram matrix leaves exact
+constexpr int64_t kGramPanel = 128;        // rows of it in one product
 
 double epsilon(ScalarType type) {
   return type == ScalarType::Double ? std::numeric_limits<double>::epsilon() : std::numeric_limits<float>::epsilon();
@@ -311,7 +313,7 @@ std::optional<Triplets> by_gram(const Tensor& w, int64_t rank, double least) {
 Triplets triplets(Tensor w, int64_t rank) {
   const ScalarType type = w.scalar_type();
   const int64_t b = w.size(0);
-  if (const auto found = by_gram(w, rank, std::sqrt(epsilon(type)))) return *found;
+  if (const auto found = by_gram(w, rank, kWellConditioned)) return *found;
   if (b > 1) {  // at least one of them is ill-conditioned
     Triplets all{torch::stable::new_empty(w, {b, w.size(1), rank}), torch::stable::new_empty(w, {b, rank}),
                  torch::stable::new_empty(w, {b, rank, w.size(2)})};
