@@ -9,10 +9,10 @@
 // Where the basis spans everything, or s is at most 64, nothing is iterated therefore.
 // A Gram matrix squares the condition number: sigma_i comes out to eps sigma_1^2 / sigma_i. Where sigma_rank lies below
 // 0.03 sigma_1, float goes on in double and double to QR and the SVD of its small factor, so that small singular values
-// are good to some 30 eps sigma_1. Orthonormal rows come from Cholesky QR in double, by Householder where they are
-// dependent. There is no kernel of our own: the work is GEMM, eigh and triangular solves, which torch's BLAS and LAPACK
-// do best. Columns are signed so that the entry of u largest in magnitude is positive: the same input gives the same
-// output.
+// are good to some 30 eps sigma_1. Orthonormal rows come from Cholesky QR, which is all GEMM, and where they are nearly
+// dependent from Householder's. There is no kernel of our own: the work is GEMM, eigh and triangular solves, which
+// torch's BLAS and LAPACK do best. Columns are signed so that the entry of u largest in magnitude is positive: the same
+// input gives the same output.
 //
 // On a GPU the products are torch's (so float32 ones follow torch's setting for TF32), the rest is cuda/svd.cuh, and
 // nothing waits for the device: cuSOLVER's QR and SVD do, take the matrices of a batch one by one, or both. QR is
@@ -211,22 +211,25 @@ std::tuple<Tensor, Tensor, double> inverse_factor(const Tensor& q) {
   Tensor norms = torch::stable::new_empty(gram, {b, l}), identity = torch::stable::new_zeros(gram, {b, l, l});
   const double *square = gram.const_data_ptr<double>(), *root = factor.const_data_ptr<double>();
   double *norm = norms.mutable_data_ptr<double>(), *one = identity.mutable_data_ptr<double>(), pivot = 1;
+  bool sound = true;
   for (int64_t i = 0; i < b; ++i) {
-    if (info.const_data_ptr<int32_t>()[i] != 0) pivot = 0;
+    sound = sound && info.const_data_ptr<int32_t>()[i] == 0;
     for (int64_t j = 0; j < l; ++j, ++norm) {
       const int64_t diagonal = (i * l + j) * l + j;
-      *norm = std::sqrt(square[diagonal]);
       one[diagonal] = 1;
-      pivot = root[diagonal] > pivot * *norm ? pivot : root[diagonal] / *norm;
+      *norm = std::sqrt(square[diagonal]);
+      const double sine = root[diagonal] / *norm;
+      sound = sound && sine > 0;  // no NaN either
+      pivot = std::min(pivot, sine);
     }
   }
-  if (!(pivot > 0)) return {norms, identity, 0};
+  if (!sound) return {norms, identity, 0};
   return {norms, call("aten::linalg_solve_triangular", "", factor, identity, false, true, false), pivot};
 }
 
 // Orthonormal rows that span those of y [b, l, m], row i those of the first i + 1, and the norms of y's rows. Cholesky
-// QR in a type of precision eps leaves q orthonormal to eps / pivot^2: repeated until that is the precision of y, in
-// double where float would leave nothing of it.
+// QR in a type of precision eps leaves q orthonormal to eps / pivot^2: it is repeated until that is the precision of y,
+// in double where float would leave nothing of it.
 std::pair<Tensor, Tensor> orthonormal_rows(const Tensor& y) {
   const ScalarType type = y.scalar_type();
   const double wanted = 4 * epsilon(type), usable = 0.01;

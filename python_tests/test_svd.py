@@ -200,3 +200,11 @@ def test_opcheck_and_gradient(m, n):
         return (u * s[..., None, :]) @ vh
 
     assert torch.autograd.gradcheck(low_rank, a, fast_mode=True)
+
+
+@pytest.mark.parametrize("dtype", [F32, F64], ids=str)
+def test_dependent_rows_do_not_touch_the_batch_of_a_warm_pass(dtype):
+    a = random(3, 80, 120, dtype=dtype)
+    a[0], a[1, 40:] = 0, 0
+    basis = torch.linalg.svd(a)[2][:, :20].mT
+    check_exact(a, 20, ops.truncated_svd(a, 20, n_iter=0, basis=basis), factor=5)
