@@ -2,6 +2,10 @@
 // can speak, even where the op library does not.
 #include <pybind11/pybind11.h>
 
+#include <stdexcept>
+#include <string>
+
+#include "cpu/peak.h"
 #include "cpu/simd.h"
 
 #define STRINGIZE_(x) #x
@@ -17,4 +21,12 @@ PYBIND11_MODULE(_C, m) {
     return info;
   });
   m.def("cpu_capability", [] { return cmd_ext::cpu::simd::isa_name(); });
+  m.def(
+      "fma_peak",
+      [](int threads) {
+        if (threads < 1) throw std::invalid_argument("fma_peak: threads must be >= 1, got " + std::to_string(threads));
+        pybind11::gil_scoped_release unlocked;
+        return cmd_ext::cpu::fma_peak(threads);
+      },
+      pybind11::arg("threads"), "Peak of float32 multiply-adds on so many threads, in GFLOP/s; takes 50 ms.");
 }
