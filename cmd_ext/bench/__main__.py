@@ -1,7 +1,4 @@
-"""python -m cmd_ext.bench [group ...] [--json FILE]: rows of ours against the best rival a user has.
-
-Every operator is checked against ref.py before it is timed. `network` needs the images and weights in CMD_EXT_DATA.
-"""
+"""python -m cmd_ext.bench [group ...]: our rows beside the best rival that a user has, and the targets they reach."""
 
 from __future__ import annotations
 
@@ -9,129 +6,192 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
-import cmd_ext
-from cmd_ext import data, models, ops, ref, report
+from cmd_ext.bench import report
 from cmd_ext.bench.conv import bench_backward, bench_conv
-from cmd_ext.bench.timing import HEADER, Row, cpu_seconds, interleaved, machine
-from cmd_ext.calibrate import accuracy
-from cmd_ext.decompose import split_budget
+from cmd_ext.bench.dispatch import bench_dispatch
+from cmd_ext.bench.linear import bench_linear
+from cmd_ext.bench.machine import machine
+from cmd_ext.bench.matrix import bench_decompose, bench_svd, bench_topk
+from cmd_ext.bench.network import bench_network
+from cmd_ext.bench.shapes import GRAMMAR, Conv, Matrix, parse
+from cmd_ext.bench.timing import TOLERANCE, Mismatch, Row, Run, threads_of
+from cmd_ext.dispatch import has_cuda_kernels
+
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in TOLERANCE}
+WIDE = ("float32", "float64")
 
 
-def structured(m: int, n: int, seed: int = 0) -> torch.Tensor:
-    """Low rank, plus noise with heavy tails: what trained weights look like."""
-    g = torch.Generator().manual_seed(seed)
-    rank = max(1, min(m, n) // 20)
-    low = torch.randn(m, rank, generator=g) @ torch.randn(rank, n, generator=g)
-    return torch.randn(m, n, generator=g) * torch.randn(m, n, generator=g).abs() + 0.3 * low
+@dataclass(frozen=True)
+class Group:
+    rows: Callable[[Run], Iterator[Row]]
+    what: str
+    kinds: tuple[type, ...] = ()  # of the shapes that it takes
+    dtypes: tuple[str, ...] = tuple(DTYPES)
 
 
-def bench_decompose() -> Iterator[Row]:
-    for m, n in ((384, 384), (384, 1536)):
-        w = structured(m, n)
-        rank, nnz = split_budget(m, n, 0.5, 0.5)
-        ours, fit = cpu_seconds(lambda w=w: cmd_ext.decompose(w, budget=0.5, sparse_coefficient=0.5))
-        theirs, error = cpu_seconds(lambda w=w, r=rank, k=nnz: ref.alternation(w, r, k, 100))
-        note = f"relative error {fit.relative_error:.4f} against {error:.4f}"
-        if fit.relative_error > 1.005 * error:
-            note += ": WORSE by more than 0.5 %"
-        yield Row(
-            f"decompose {m}x{n}, budget .5, coefficient .5", ours, theirs, "cpu s", "100 passes, full SVDs", 10.0, note
+GROUPS = {
+    "svd": Group(bench_svd, "truncated_svd, cold and warm", (Matrix,), WIDE),
+    "topk": Group(bench_topk, "topk_csr", (Matrix,)),
+    "linear": Group(bench_linear, "CMDLinear: S, U V + S, overhead of a call", (Matrix,)),
+    "conv": Group(bench_conv, "CMDConv2d: S, U V, U V + S over the 3x3 layers of networks", (Conv,)),
+    "backward": Group(bench_backward, "gradients of CMDConv2d", (Conv,)),
+    "decompose": Group(bench_decompose, "decompose, in CPU seconds", (Matrix,), WIDE),
+    "network": Group(bench_network, "VGG-16 as a whole; with CMD_EXT_DATA the accuracy of ResNet-56", (), WIDE[:1]),
+    "dispatch": Group(bench_dispatch, "backend auto beside the dense twin, every layer (long)", (Conv, Matrix)),
+}
+ALIASES = {"ops": ("topk", "linear")}
+
+EPILOG = f"""groups:
+{chr(10).join(f"  {name:<10} {group.what}" for name, group in GROUPS.items())}
+  {"ops":<10} {" and ".join(ALIASES["ops"])}
+
+A shape is one of
+{GRAMMAR}
+
+Every row is checked against float64 before it is timed; a wrong result ends the run with exit status 1. Ours and the
+rivals run in turn; figures are medians, and --json keeps p20 and p80 of each. For --compare a row is slower if its p20
+is above the earlier p80 times what its rival got slower by; where the earlier file has no quantiles, if it is more than
+{report.TOLERANCE:.0%} slower."""
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def parser() -> Parser:
+    p = Parser(
+        "python -m cmd_ext.bench",
+        description=__doc__.partition(": ")[2],
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    p.add_argument("groups", nargs="*", metavar="group", help="what to measure (below); default: all")
+    p.add_argument("--op", action="append", default=[], metavar="NAME[,NAME]", help="the same as groups")
+    p.add_argument("--shapes", metavar="SHAPE[,SHAPE]", help="instead of each group's own; groups without any rest")
+    p.add_argument("--dtype", choices=DTYPES, default="float32", metavar="|".join(DTYPES), help="default float32")
+    p.add_argument("--threads", type=int, metavar="N", help="default: torch's own number")
+    p.add_argument("--device", choices=("cpu", "cuda"), default="cpu", metavar="cpu|cuda", help="default cpu")
+    p.add_argument("--quick", action="store_true", help="fewest shapes, short timing; all groups in 2 minutes")
+    p.add_argument("--json", type=Path, metavar="FILE", help="also write the rows here")
+    p.add_argument("--plot", type=Path, metavar="FILE.svg", help="also draw them (needs matplotlib)")
+    p.add_argument("--compare", type=Path, metavar="OLD.json", help="exit status 1 if a row is slower than there")
+    return p
+
+
+def chosen_groups(args: argparse.Namespace, run: Run) -> list[str]:
+    """The groups to run, each once. Raises ValueError if one is unknown or cannot run as asked."""
+    named = [*args.groups, *(name.strip() for text in args.op for name in text.split(","))]
+    unknown = sorted({*named} - {*GROUPS, *ALIASES})
+    if unknown:
+        raise ValueError(f"group must be one of {', '.join((*GROUPS, *ALIASES))}, got {', '.join(unknown)}")
+    chosen = []
+    for name in dict.fromkeys(member for word in named or GROUPS for member in ALIASES.get(word, (word,))):
+        group = GROUPS[name]
+        problem = None
+        if args.dtype not in group.dtypes:
+            problem = f"--dtype of group {name} must be one of {', '.join(group.dtypes)}, got {args.dtype}"
+        elif run.shapes and not any(isinstance(shape, group.kinds) for shape in run.shapes):
+            kinds = {Matrix: "MxN", Conv: "C->M@S"}
+            wanted = " or ".join(kinds[kind] for kind in group.kinds)
+            problem = f"--shapes of group {name} must hold {wanted or 'nothing: it has its own'}, got {args.shapes}"
+        if problem and named:
+            raise ValueError(problem)
+        if not problem:
+            chosen.append(name)
+    if not chosen:
+        raise ValueError(f"no group runs with --dtype {args.dtype} and --shapes {args.shapes}")
+    return chosen
+
+
+def run_of(args: argparse.Namespace) -> Run:
+    """What the rows share. Raises ValueError for what cannot be."""
+    try:
+        shapes = tuple(parse(args.shapes)) if args.shapes is not None else ()
+    except ValueError as error:
+        raise ValueError(f"--shapes: {error}") from None
+    if args.threads is not None and not 1 <= args.threads <= 4096:
+        raise ValueError(f"--threads must lie in [1, 4096], got {args.threads}")
+    if args.device == "cuda" and not (torch.cuda.is_available() and has_cuda_kernels()):
+        raise ValueError(
+            "--device cuda needs a GPU and a build with CUDA kernels; `python -m cmd_ext doctor` tells more"
         )
+    return Run(DTYPES[args.dtype], torch.device(args.device), 0.15 if args.quick else 1.0, args.quick, shapes)
 
 
-def bench_ops() -> Iterator[Row]:
-    w = structured(512, 4608)
-    values, _, col_idx = ops.topk_csr(w, w.numel() // 20)
-    want = ref.topk_csr(w, w.numel() // 20)
-    assert torch.equal(values, want[0])
-    assert torch.equal(col_idx, want[2])
-    times = interleaved([lambda: ops.topk_csr(w, w.numel() // 20), lambda: w.abs().flatten().topk(w.numel() // 20)])
-    yield Row("topk_csr 512x4608, 5 %", *times, "ms", "torch.topk")
-
-    for m, n, batch in ((1024, 4096, 16), (1024, 4096, 128)):
-        fit = cmd_ext.decompose(structured(m, n), rank=m // 8, nnz=m * n // 20, n_iter=1)
-        pattern = ops.Pattern.from_csr(fit.row_ptr, fit.col_idx, n)
-        x, dense = torch.randn(batch, n), fit.to_dense()
-        call = (x, fit.u, fit.v, fit.values, pattern)
-        _check(ops.lrs_linear(*call), ref.lrs_linear(*call))
-        times = interleaved([lambda c=call: ops.lrs_linear(*c), lambda x=x, d=dense: F.linear(x, d)])
-        yield Row(f"lrs_linear {m}x{n}, batch {batch}, r = m/8, 5 %", *times, "ms", "F.linear")
-
-
-def _check(got: torch.Tensor, want: torch.Tensor) -> None:
-    error = ((got - want).norm() / want.norm()).item()
-    assert error < 1e-5, f"wrong result: relative error {error:.2e}"
-
-
-def bench_network(folder: Path) -> Iterator[Row]:
-    """ResNet-56 at 50 % of its parameters, before and after one epoch, beside a dense net that was trained equally."""
-    train = data.open_dataset(folder / "cifar10.tar", "train", *models.NORMALIZATION["resnet56"])
-    test = data.open_dataset(folder / "cifar10.tar", "test", *models.NORMALIZATION["resnet56"])
-    tests = data.loader(test, 250)
-    dense = models.load_weights(models.create("resnet56"), folder / "pretrained" / "resnet56.safetensors").eval()
-    calibration = list(data.loader(train, 128, limit=512))
-
-    def evaluate(model: torch.nn.Module) -> float:
-        return accuracy(model, tests)
-
-    def tuned(model: torch.nn.Module) -> float:
-        loader = data.loader(train, 128, shuffle=True, augment=True, seed=0)
-        history = cmd_ext.finetune(model, loader, epochs=1, lr=0.01, evaluate=evaluate, clip_norm=5.0, seed=0)
-        return history.best_score
-
-    result = cmd_ext.compress(
-        dense, calibration[0][0], constraints={"params": "50%"}, calibration=calibration, evaluate=evaluate
-    )
-    print(result.stats)
-    before, compressed = result.stats.score
-    yield Row("ResNet-56 dense, top-1", before, 0.8320, "", "published weights", None, "reproduces the dense figure")
-    yield Row(
-        "ResNet-56 at 50 % of params, no fine-tuning", compressed, before, "top-1", "dense", None, "wanted >= 0.78"
-    )
-    after = tuned(result.model)
-    yield Row("the same, one epoch", after, before, "top-1", "dense as published", None, "wanted > 0.8320")
-    dense_after = tuned(models.load_weights(models.create("resnet56"), folder / "pretrained" / "resnet56.safetensors"))
-    note = f"behind by {100 * (dense_after - after):.2f} points, wanted <= 1.5"
-    yield Row("the same, one epoch", after, dense_after, "top-1", "dense, one epoch", None, note)
+def earlier(args: argparse.Namespace) -> dict | None:
+    """The file of --compare. Raises ValueError or OSError for it or for a file that could not be written."""
+    if args.plot:
+        if args.plot.suffix != ".svg":
+            raise ValueError(f"--plot must name a file ending in .svg, got {args.plot}")
+        if not find_spec("matplotlib"):
+            raise ValueError("--plot needs matplotlib, which is not installed; run `pip install matplotlib`")
+    for file in (args.json, args.plot):
+        if file:
+            report.check_writable(file)
+    return report.load(args.compare) if args.compare else None
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m cmd_ext.bench", description=__doc__.splitlines()[0])
-    groups = {
-        "decompose": bench_decompose,
-        "ops": bench_ops,
-        "conv": bench_conv,
-        "backward": bench_backward,
-        "network": bench_network,
+    argv = sys.argv[1:] if argv is None else argv
+    p = parser()
+    args = p.parse_args(argv)
+    try:
+        run = run_of(args)
+        groups, old = chosen_groups(args, run), earlier(args)
+    except (ValueError, OSError) as error:
+        p.error(str(error))
+    with threads_of(args.threads) as threads:
+        facts = {**machine(run.device), "dtype": args.dtype}
+        if peak := run.peak(threads):
+            facts["peak"] = f"{peak:.0f} GFLOP/s"
+        print("; ".join(f"{name} {value}" for name, value in facts.items()))
+        rows = []
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="Sparse (CSR|invariant)")  # torch, of its own sparse tensors
+                rows.extend(measured(groups, run))
+        except Mismatch as error:
+            print(red(f"WRONG RESULT: {error}"), file=sys.stderr)
+            return 1
+    print(report.table(rows))
+    print("\n".join(report.targets(rows)))
+    content = {
+        "command": " ".join(["python -m cmd_ext.bench", *argv]),
+        "machine": facts,
+        "rows": [row.to_dict() for row in rows],
     }
-    parser.add_argument("groups", nargs="*", metavar="group", help=f"of {', '.join(groups)}; default: all but network")
-    parser.add_argument("--json", type=Path, help="also write the rows here")
-    args = parser.parse_args(argv)
-    unknown = set(args.groups) - groups.keys()
-    if unknown:
-        parser.error(f"group must be one of {', '.join(groups)}, got {', '.join(sorted(unknown))}")
-    folder = os.environ.get("CMD_EXT_DATA")
-    if "network" in args.groups and not folder:
-        parser.error("network needs CMD_EXT_DATA, the folder with cifar10.tar and pretrained/resnet56.safetensors")
-
-    facts, rows = machine(), []
-    print("; ".join(f"{name} {value}" for name, value in facts.items()))
-    for name in args.groups or [group for group in groups if group != "network"]:
-        for row in bench_network(Path(folder)) if name == "network" else groups[name]():
-            rows.append(row)
-            print(f"{row.name}: {row.ratio:.2f}x", file=sys.stderr)
-    print(report.table(HEADER, [row.cells() for row in rows]))
     if args.json:
-        command = "python -m cmd_ext.bench " + " ".join(argv if argv is not None else sys.argv[1:])
-        content = {"command": command, "machine": facts, "rows": [row.to_dict() for row in rows]}
-        args.json.write_text(json.dumps(content, indent=2) + "\n")
+        report.write(args.json, json.dumps(content, indent=2) + "\n")
+    if args.plot:
+        report.plot(args.plot, rows, f"cmd_ext on {facts['cpu']}, {facts['threads']} threads, {args.dtype}")
+    if old:
+        lines, fine = report.compare(old, content)
+        print("\n".join(lines))
+        return 0 if fine else 1
     return 0
+
+
+def measured(groups: list[str], run: Run) -> Iterator[Row]:
+    """The rows of the groups, with progress on stderr."""
+    for name in groups:
+        for row in GROUPS[name].rows(run):
+            ratio = f"{row.ratio:.2f}x {row.rival}" if row.rivals else "no rival"
+            print(f"{row.name}: {ratio}", file=sys.stderr)
+            yield row
+
+
+def red(text: str) -> str:
+    return f"\033[31m{text}\033[0m" if sys.stderr.isatty() and "NO_COLOR" not in os.environ else text
 
 
 if __name__ == "__main__":

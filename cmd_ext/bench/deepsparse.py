@@ -1,0 +1,2 @@
+def sparse_engine(layer, x):
+    return {}
