@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 from torch import nn
@@ -162,6 +163,7 @@ def _alexnet_at_224() -> Counter[Shape]:
     return Counter([*convs, Conv(1, 256, 256, 13), Matrix(4096, 9216), Matrix(4096, 4096), Matrix(1000, 4096)])
 
 
+@cache
 def networks() -> dict[str, Counter[Shape]]:
     """The layers of one image's pass through each network, with their number."""
     with torch.device("meta"):
