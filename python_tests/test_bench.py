@@ -210,8 +210,8 @@ def test_accuracy_rows_without_data_are_skipped_with_a_line(capsys, monkeypatch,
 
 
 def test_quantiles():
-    times = Times.of([float(i) for i in (3, 10, 0, 2, 1, 4, 6, 5, 7, 9, 8)], 2.0)
-    assert times == Times(4.0, 10.0, 16.0, 11)
+    times = Times.of([float(8 * i % 21) for i in range(21)], 2.0)  # 0 to 20, not in order
+    assert times == Times(8.0, 20.0, 32.0, 21)
     assert Times.of([5.0]) == Times(5.0, 5.0, 5.0, 1)
     assert Times.total([(Times(1, 2, 3, 9), 2), (Times(1, 1, 1, 4), 1)]) == Times(3, 5, 7, 4)
 
