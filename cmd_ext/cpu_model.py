@@ -131,8 +131,9 @@ def linear_calls(spec: Sequence[int], share: float, density: float) -> tuple[Wor
     g = torch.Generator().manual_seed(0)
     x, w = torch.randn(batch, n, generator=g), torch.randn(m, n, generator=g)
     u, v, values, pattern = _branches(m, n, share, density, g)
+    plan = ops.plan_lrs_linear(values, pattern, n, batch <= ops.FEW_SAMPLES)
     work = Work(m, n, 1, u.shape[1], len(values), batch, x.numel(), batch * m, x.dtype)
-    return work, lambda: F.linear(x, w), lambda: ops.lrs_linear(x, u, v, values, pattern)
+    return work, lambda: F.linear(x, w), lambda: ops.planned_lrs_linear(x, u, v, plan, None)
 
 
 def _branches(m: int, n: int, share: float, density: float, g: torch.Generator) -> tuple:

@@ -20,6 +20,7 @@ from cmd_ext.bench.dispatch import bench_dispatch
 from cmd_ext.bench.linear import bench_linear
 from cmd_ext.bench.machine import machine
 from cmd_ext.bench.matrix import bench_decompose, bench_svd, bench_topk
+from cmd_ext.bench.model import bench_model
 from cmd_ext.bench.network import bench_network
 from cmd_ext.bench.shapes import GRAMMAR, Conv, Matrix, parse
 from cmd_ext.bench.timing import TOLERANCE, Mismatch, Row, Run, threads_of
@@ -45,6 +46,7 @@ GROUPS = {
     "backward": Group(bench_backward, "gradients of CMDConv2d", (Conv,)),
     "decompose": Group(bench_decompose, "decompose, in CPU seconds", (Matrix,), WIDE),
     "network": Group(bench_network, "VGG-16 as a whole; with CMD_EXT_DATA the accuracy of ResNet-56", (), WIDE[:1]),
+    "model": Group(bench_model, "predicted and measured milliseconds of held-out layers", (Conv, Matrix), WIDE[:1]),
     "dispatch": Group(bench_dispatch, "backend auto beside the dense twin, every layer (long)", (Conv, Matrix)),
 }
 ALIASES = {"ops": ("topk", "linear")}
