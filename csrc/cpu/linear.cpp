@@ -3,12 +3,10 @@
 // sparse_linear geometry: samples are the lanes. A tile of samples is transposed once into xt [cols][tile], so that
 // each nonzero costs one broadcast and one contiguous FMA per vector, with the sums of a row in registers; rows are
 // dealt to the threads by nonzeros. Per tile: reads cols * tile of x, 8 bytes per nonzero, 2 * nnz * tile operations.
-//   - 1 sample: no transpose; 8 values at a time meet 8 x, gathered by scalar loads (the gather instruction is no
-//   faster,
-//     nor are 16-bit columns). Bound by L3 or memory.
+//   - 1 sample: no transpose; 8 values at a time meet 8 x, gathered by scalar loads (gather instructions and 16-bit
+//     columns are no faster). Bound by L3 or memory.
 //   - up to kFewSamples: 1 to 4 vectors, whole rows of S; several nonzeros at a time, as the latency of the FMA asks
-//   for
-//     8 sums under way. The tile is in L2; blocks of it would break rows into runs of a few nonzeros.
+//     for 8 sums under way. The tile is in L2; blocks of it would break rows into runs of a few nonzeros.
 //   - more: tiles of 8 vectors, which an FMA uses once, so they are walked in blocks of columns that stay near, each by
 //     all rows, whose sums meanwhile wait. S is laid out in that order first (8 bytes per nonzero): walking the CSR in
 //     blocks is not sequential, which costs more than the copy. A plan keeps it.
