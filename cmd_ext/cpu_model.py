@@ -43,9 +43,13 @@ class CpuRates:
 
 
 def dense_work(work: Work) -> list[float]:
-    """Of the dense library: the call, elements of x and y, weights, multiply-adds, and those of a small batch again."""
+    """Of the dense library: the call, elements of x and y, weights, multiply-adds, and what makes some of these dearer.
+
+    That is, for a convolution, the patches of x (of few channels, there is little to do with each); for a product, the
+    multiply-adds of a small batch.
+    """
     size = work.m * work.n
-    extra = 0 if work.convolution else size * min(work.tokens - 1, SMALL_BATCH)
+    extra = work.n * work.tokens if work.convolution else size * min(work.tokens - 1, SMALL_BATCH)
     return [1.0, work.inputs + work.outputs, size, size * work.tokens, extra]
 
 
@@ -76,6 +80,8 @@ def predict(work: Work, rates: CpuRates, rebuild: bool) -> dict[str, float]:
         times["dense"] += scale * float(np.dot(rates.linear_dense, dense_work(product)))
     if work.nnz == 0:
         times["lowrank"] = scale * float(np.dot(dense, lowrank_work(work))) if work.rank else times["fused"]
+        if not work.convolution:  # then our kernels are the same two products
+            del times["fused"]
     return {way: float(seconds) for way, seconds in times.items()}
 
 
@@ -83,6 +89,7 @@ def predict(work: Work, rates: CpuRates, rebuild: bool) -> dict[str, float]:
 
 # c -> m channels, kernel, side, stride, batch: the kinds of layers that ResNets and VGGs have, at small sizes.
 CONVOLUTIONS = (
+    (8, 8, 3, 4, 1, 1),
     (3, 64, 3, 64, 1, 1),
     (16, 16, 3, 32, 1, 1),
     (16, 16, 3, 32, 1, 8),
@@ -105,8 +112,8 @@ LINEARS = (  # n -> m features, batch
     (1024, 1024, 1),
     (1024, 1024, 16),
     (4096, 2048, 1),
-    (4096, 2048, 8),
-    (1024, 4096, 64),
+    (4096, 1024, 8),
+    (1024, 2048, 64),
     (1024, 1024, 128),
 )
 POINTS = ((0.125, 0.02), (0.0, 0.2), (0.25, 0.05))  # rank as a share of m, density
@@ -117,7 +124,7 @@ def conv_calls(spec: Sequence[int], share: float, density: float) -> tuple[Work,
     c, m, k, side, stride, batch = spec
     g = torch.Generator().manual_seed(0)
     n, geometry = c * k * k, ([stride, stride], [k // 2, k // 2], [1, 1], 1)
-    x, w = torch.randn(batch, c, side, side, generator=g), torch.randn(m, c, k, k, generator=g)
+    x, w = torch.randn(batch, c, side, side, generator=g), _randn(m, n, g).view(m, c, k, k)
     u, v, values, pattern = _branches(m, n, share, density, g)
     plan = ops.plan_lrs_conv2d(u, v, values, pattern, x.shape, [k, k], *geometry)
     out = batch * ((side + 2 * (k // 2) - k) // stride + 1) ** 2
@@ -129,7 +136,7 @@ def linear_calls(spec: Sequence[int], share: float, density: float) -> tuple[Wor
     """The same for a linear layer."""
     n, m, batch = spec
     g = torch.Generator().manual_seed(0)
-    x, w = torch.randn(batch, n, generator=g), torch.randn(m, n, generator=g)
+    x, w = torch.randn(batch, n, generator=g), _randn(m, n, g)
     u, v, values, pattern = _branches(m, n, share, density, g)
     plan = ops.plan_lrs_linear(values, pattern, n, batch <= ops.FEW_SAMPLES)
     work = Work(m, n, 1, u.shape[1], len(values), batch, x.numel(), batch * m, x.dtype)
@@ -137,12 +144,17 @@ def linear_calls(spec: Sequence[int], share: float, density: float) -> tuple[Wor
 
 
 def _branches(m: int, n: int, share: float, density: float, g: torch.Generator) -> tuple:
-    rank = round(share * min(m, n))
-    u, v = torch.randn(m, rank, generator=g), torch.randn(rank, n, generator=g)
-    chosen = torch.rand(m, n, generator=g) < density
-    rows, cols = chosen.nonzero(as_tuple=True)
-    row_ptr = torch.cat([torch.zeros(1, dtype=torch.int32), chosen.sum(1).cumsum(0).int()])
-    return u, v, torch.randn(len(rows), generator=g), ops.Pattern.from_csr(row_ptr, cols.int(), n)
+    """U, V, values and the support of S: as many random columns in each row."""
+    rank, count = round(share * min(m, n)), max(1, round(density * n))
+    starts = torch.arange(count + 1) * n // count
+    cols = starts[:-1] + (torch.rand(m, count, generator=g) * starts.diff()).int()
+    pattern = ops.Pattern.from_csr(torch.arange(m + 1) * count, cols.flatten(), n)
+    return _randn(m, rank, g), _randn(rank, n, g), torch.randn(m * count, generator=g), pattern
+
+
+def _randn(m: int, n: int, g: torch.Generator) -> torch.Tensor:
+    """A matrix of normal numbers that repeat in each row: the time of a product does not depend on them."""
+    return torch.randn(1, n, generator=g).repeat(m, 1)
 
 
 def seconds_of(call: Callable, repeats: int = 3) -> float:
@@ -263,8 +275,8 @@ def save_rates(file: Path, rates: CpuRates) -> None:
 
 
 DEFAULTS = CpuRates(
-    conv_dense=(9.5e-5, 1.9e-10, 5.7e-10, 2.1e-11, 0.0),
-    conv_fused=(7.2e-5, 9.8e-10, 0.0, 4.0e-10, 3.1e-11, 2.3e-11),
-    linear_dense=(5e-6, 5e-10, 3e-10, 1.4e-11, 1e-10),
-    linear_fused=(2e-5, 5e-10, 5e-10, 1e-11, 4e-11, 2e-11),
+    conv_dense=(1.8e-5, 7.5e-10, 6.0e-10, 1.0e-11, 1.2e-10),
+    conv_fused=(2.6e-5, 5.6e-10, 1.0e-11, 8.0e-11, 2.2e-11, 1.7e-11),
+    linear_dense=(3.0e-6, 2.4e-9, 1.5e-10, 5.7e-12, 3.0e-11),
+    linear_fused=(4.5e-5, 9.0e-10, 1.9e-10, 1.0e-11, 1.4e-11, 1.6e-11),
 )

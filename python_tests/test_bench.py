@@ -20,7 +20,7 @@ from cmd_ext.bench.timing import Case, Goal, Mismatch, Row, Run, Times
 
 ROOT = Path(__file__).parent.parent
 CONV, MATRIX = "N2:8->8@5", "N3:16x24"
-SHAPES = {"conv": CONV, "backward": CONV, "dispatch": f"{CONV},{MATRIX}", "network": None}
+SHAPES = {"conv": CONV, "backward": CONV, "dispatch": f"{CONV},{MATRIX}", "model": f"{CONV},{MATRIX}", "network": None}
 # Where a wrong result is planted for each group.
 CULPRITS = {
     "svd": (ops, "truncated_svd"),
@@ -31,6 +31,7 @@ CULPRITS = {
     "decompose": (cmd_ext, "decompose"),
     "network": (cmd_ext.CMDConv2d, "forward"),
     "dispatch": (cmd_ext.CMDLinear, "forward"),
+    "model": (cmd_ext.CMDLinear, "forward"),
 }
 
 
@@ -133,7 +134,7 @@ def test_groups_are_named_in_either_way():
     assert groups() == list(command.GROUPS)
     assert groups("ops") == ["topk", "linear"]
     assert groups("conv", "--op", "topk,conv", "--op", "svd") == ["conv", "topk", "svd"]
-    assert groups("--shapes", "8x8@5") == ["conv", "backward", "dispatch"]
+    assert groups("--shapes", "8x8@5") == ["conv", "backward", "model", "dispatch"]
     assert groups("--dtype", "bfloat16", "--shapes", "8x8") == ["topk", "linear", "dispatch"]
 
 

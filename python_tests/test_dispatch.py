@@ -53,14 +53,16 @@ def test_small_layers_are_bound_by_launches():
     assert best(linear(32, 0.05, torch.float32, rank=8, size=64)) == "dense"
 
 
-def test_the_cpu_keeps_its_measured_break_even():
+def test_break_even_on_the_cpu():
     cpu = torch.device("cpu")
     assert dispatch.choose(linear(64, 0.05, torch.float32, rank=64), cpu, False) == "fused"
-    assert dispatch.choose(linear(64, 0.6, torch.float32, rank=64), cpu, False) == "dense"
-    conv = dataclasses.replace(linear(64, 0.2, torch.float32, rank=64), convolution=True)
-    assert dispatch.choose(conv, cpu, False) == "fused"
-    assert dispatch.choose(dataclasses.replace(conv, nnz=conv.m * conv.n // 2, rank=2048), cpu, False) == "dense"
+    assert dispatch.choose(linear(64, 1, torch.float32, rank=4096), cpu, False) == "dense"
+    assert dispatch.choose(linear(64, 0, torch.float32, rank=64), cpu, False) == "lowrank"
+    assert dispatch.choose(linear(64, 0, torch.float32, rank=4096), cpu, False) == "dense"
     assert dispatch.choose(linear(1, 0.3, torch.float32, rank=16, size=64), cpu, False) == "dense"
+    conv = dataclasses.replace(linear(196, 0.05, torch.float32, rank=32, size=256), convolution=True)
+    assert dispatch.choose(conv, cpu, False) == "fused"
+    assert dispatch.choose(dataclasses.replace(conv, nnz=conv.m * conv.n // 2, rank=256), cpu, False) == "dense"
 
 
 def test_a_device_without_kernels_computes_densely():
@@ -116,9 +118,9 @@ def test_a_rebuilt_weight_is_kept_until_a_parameter_changes():
     layer, x = dense_layer(), torch.randn(4, 12)
     with torch.no_grad():
         first = layer(x)
-        kept = layer._kept[1]["matrix"]
+        kept = layer._kept[2]["matrix"]
         assert torch.equal(layer(x), first)
-        assert layer._kept[1]["matrix"] is kept
+        assert layer._kept[2]["matrix"] is kept
         for name in ("u", "v", "values"):
             getattr(layer, name).mul_(2)
             assert torch.equal(layer(x), layer.to_dense()(x)), name

@@ -83,30 +83,37 @@ def test_linear_is_the_dense_layer_and_backends_agree():
     torch.testing.assert_close(layer(x), want, rtol=1e-4, atol=1e-5)
 
 
-def test_lowrank_backend_is_chosen_for_an_empty_s():
+def test_backends_of_an_empty_s_agree():
     for layer, x in (
         (CMDLinear.from_dense(nn.Linear(12, 9), rank=3), torch.randn(2, 12)),
         (CMDConv2d.from_dense(conv_of("grouped"), rank=2), torch.randn(2, 8, 6, 6)),
         (CMDConv2d.from_dense(conv_of("plain"), rank=0, density=0.0), torch.randn(2, 8, 6, 6)),
     ):
-        assert layer.backend == "lowrank"
-        want = layer(x)
-        layer.backend = "fused"
-        torch.testing.assert_close(layer(x), want, rtol=1e-4, atol=1e-5)
+        want = layer.to_dense()(x)
+        for backend in ("auto", "lowrank", "fused", "dense"):
+            layer.backend = backend
+            torch.testing.assert_close(layer(x), want, rtol=1e-4, atol=1e-5)
+
+
+def test_lowrank_backend_is_chosen_for_an_empty_s_of_a_large_layer():
+    layer = CMDLinear(512, 512, rank=16, density=0)
+    layer(torch.randn(64, 512))
+    assert layer.backend == "lowrank"
 
 
 def test_a_sparse_branch_that_would_be_slower_than_w_is_computed_densely():
-    x = torch.randn(2, 8, 60, 60)
-    for density, backend in ((0.1, "fused"), (0.6, "dense")):
-        layer = CMDConv2d.from_dense(conv_of("plain"), rank=1, density=density)
+    x = torch.randn(2, 64, 28, 28)
+    for density, backend in ((0.05, "fused"), (1.0, "dense")):
+        layer = CMDConv2d(64, 64, 3, padding=1, rank=1, density=density)
         want = layer(x)
         assert layer.backend == backend
         layer.backend = "fused"
         torch.testing.assert_close(layer(x), want, rtol=1e-4, atol=1e-5)
         layer.backend = "auto"
         assert layer.backend == backend
-        layer(x[:1, :, :4, :4])
-        assert layer.backend == "dense", "a call of the fused kernels costs more than so few pixels"
+    small = CMDConv2d(8, 8, 3, padding=1, rank=1, density=0.1)
+    small(x[:1, :8, :4, :4])
+    assert small.backend == "dense", "a call of the fused kernels costs more than so few pixels"
 
 
 def test_backend_refuses_what_it_cannot_do():
