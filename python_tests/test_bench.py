@@ -149,7 +149,7 @@ def test_every_group_runs(capsys, small_network, tmp_path, group):
     assert content["rows"]
     for row in content["rows"]:
         assert 0 < row["p20"] <= row["ours"] <= row["p80"]
-        assert row["theirs"] == min(times["p50"] for times in row["rivals"].values())
+        assert row["theirs"] == min((times["p50"] for times in row["rivals"].values()), default=None)
         assert row["absent"] == {}, "a rival that every torch has must run"
         if group in ("linear", "conv", "backward") and row["gflop"]:
             assert 0 < row["fraction_of_peak"] < 1
