@@ -13,7 +13,7 @@ SIMT := build/simt/libcmd_ext_simt.so
 CMAKE_TOOLS := $(and $(shell command -v cmake 2>&1),$(shell command -v ninja 2>&1))
 export PATH := $(PATH):$(abspath $(BIN))
 
-.PHONY: install demo test cpp-test bench lint simt mutants kernel-ledger kernel-check clean FORCE
+.PHONY: install demo test cpp-test cpp-test-threads bench lint simt mutants kernel-ledger kernel-check clean FORCE
 
 install: $(VENV)/.installed
 
@@ -36,6 +36,12 @@ cpp-test: $(if $(CMAKE_TOOLS),,$(VENV)/.cmake)
 	cmake -S . -B build/cpp -G Ninja -DCMD_EXT_SANITIZE=ON
 	cmake --build build/cpp
 	ctest --test-dir build/cpp --output-on-failure --no-tests=error --parallel $(shell nproc)
+
+# The CPU kernels under the thread sanitizer.
+cpp-test-threads: $(if $(CMAKE_TOOLS),,$(VENV)/.cmake)
+	cmake -S . -B build/threads -G Ninja -DCMD_EXT_SANITIZE_THREAD=ON
+	cmake --build build/threads
+	ctest --test-dir build/threads --output-on-failure --no-tests=error
 
 # One planted fault after another in the CUDA kernels: their tests must see it. About 15 minutes on 2 cores.
 mutants: | $(BIN)/pip

@@ -15,6 +15,17 @@ cmd_ext::cpu::Csr<T> csr_of(const RandomCsr<T>& s) {
   return {s.rows, s.cols, s.values.data(), s.row_ptr.data(), s.col_idx.data()};
 }
 
+// Ends the program before main, as skipped, where this machine lacks the path that CMD_EXT_CPU names.
+inline const bool has_isa = [] {
+  try {
+    cmd_ext::cpu::simd::isa();
+  } catch (const std::invalid_argument& error) {
+    std::cout << error.what() << '\n';
+    std::exit(77);
+  }
+  return true;
+}();
+
 // Prints the closing line and returns the exit status of main.
 inline int finish_cpu() {
   const char* forced = std::getenv("CMD_EXT_CPU");

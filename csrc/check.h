@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "cpu/kernels.h"
+#include "cpu/simd.h"
 #include "device.h"
 
 namespace cmd_ext {
@@ -94,6 +95,7 @@ Tensor call(const char* op, const char* overload, const Args&... args) {
 
 // torch's thread pool, for the CPU kernels.
 inline cpu::ParallelFor threads() {
+  cpu::simd::isa();  // a wrong CMD_EXT_CPU is an error here, before any other thread meets it
   const auto run = [](int64_t count, int64_t grain, const cpu::ForBody& body) {
     if (count > 0) torch::stable::parallel_for(0, count, grain, body);
   };

@@ -265,7 +265,7 @@ Tensor planned_lrs_conv2d(const Tensor& x, const Tensor& plan, const std::option
   cpu::PlannedConv sizes{};
   check(plan.is_cpu() && plan.is_contiguous() && plan.scalar_type() == ScalarType::Byte &&
             cpu::read_plan(plan.const_data_ptr(), plan.numel(), sizes),
-        op, ": plan must be what _plan_lrs_conv2d returns");
+        op, ": plan must be what _plan_lrs_conv2d returns where kernels run as ", cpu::simd::isa_name());
   check_sizes(op, "x", x, {sizes.batch, sizes.channels, sizes.height, sizes.width}, "of the plan's sizes");
   check(sizes.element == (type == ScalarType::Double ? 8 : 4), op, ": x must have the plan's precision");
   const int64_t m = sizes.out_channels;

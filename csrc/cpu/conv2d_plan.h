@@ -11,7 +11,7 @@
 #include "lanes.h"
 #include "scratch.h"
 
-namespace cmd_ext::cpu::conv {
+namespace cmd_ext::cpu::SIMD_NAMESPACE::conv {
 
 using lanes::ceil_div;
 using lanes::Geometry;
@@ -19,8 +19,8 @@ using lanes::kLanes;
 using lanes::Reach;
 using lanes::round_up;
 
-constexpr int64_t kQuad = 4;  // rows of the dense products
-constexpr int64_t kMagic = 0x636d645f706c616e;
+constexpr int64_t kQuad = 4;                                           // rows of the dense products
+constexpr int64_t kMagic = 0x636d645f706c0000 + CMD_EXT_VECTOR_BYTES;  // offsets are multiples of a vector
 
 template <class T>
 struct Entry {
@@ -88,9 +88,15 @@ struct TileShape {
   int height, width;
   bool always;  // also compiled for double and for two pixels between positions, where fewer shapes do
 };
+#if CMD_EXT_VECTOR_BYTES == 64  // with 32 registers
+constexpr TileShape kTiles[] = {{1, 28, false}, {2, 14, true}, {4, 7, false}, {1, 14, true}, {2, 7, true},
+                                {1, 8, true},   {2, 4, true},  {8, 1, true},  {1, 7, true},  {1, 4, true},
+                                {4, 1, true},   {1, 2, true},  {1, 1, true}};
+#else
 constexpr TileShape kTiles[] = {{1, 14, false}, {2, 7, true},  {1, 12, false}, {2, 6, false}, {3, 4, false},
                                 {1, 8, true},   {2, 4, true},  {4, 2, false},  {8, 1, true},  {1, 7, true},
                                 {1, 4, true},   {2, 2, false}, {4, 1, true},   {1, 2, true},  {1, 1, true}};
+#endif
 constexpr bool has_tile(const TileShape& tile, int64_t element, int64_t step) {
   return tile.width == 1 || (tile.always ? step <= 2 : step == 1 && element == 4);
 }
@@ -149,7 +155,10 @@ inline Tap tap_at(const ConvShape& s, int64_t tap) {
   return {h % s.stride_h * s.stride_w + w % s.stride_w, h / s.stride_h, w / s.stride_w};
 }
 
-inline int64_t block_of(int64_t taps) { return std::clamp<int64_t>(288 / taps / 8 * 8, 8, 128); }
+// Channels of a block: what a tile touches of them stays in L1.
+inline int64_t block_of(int64_t taps) {
+  return std::clamp<int64_t>(288 * 32 / CMD_EXT_VECTOR_BYTES / taps / 8 * 8, 8, 128);
+}
 
 // The header of y = (U V + S) * x for input [channels, height, width] and output sizes y.
 template <class T>
@@ -368,4 +377,4 @@ class PlanOfCall : Scratch<char> {
   }
 };
 
-}  // namespace cmd_ext::cpu::conv
+}  // namespace cmd_ext::cpu::SIMD_NAMESPACE::conv

@@ -6,11 +6,12 @@
 #pragma once
 
 #include <algorithm>
+#include <utility>
 
 #include "kernels.h"
 #include "simd.h"
 
-namespace cmd_ext::cpu::lanes {
+namespace cmd_ext::cpu::SIMD_NAMESPACE::lanes {
 
 using simd::kLanes;
 using simd::Vec;
@@ -70,33 +71,38 @@ struct Origins {
   }
 };
 
-// r [kLanes][kLanes] transposed in place.
-SIMD_INLINE void transpose(Vec<float>* r) {
-  Vec<float> t[8], u[8];
-  for (int i = 0; i < 4; ++i) {
-    t[2 * i] = __builtin_shufflevector(r[2 * i], r[2 * i + 1], 0, 8, 1, 9, 4, 12, 5, 13);
-    t[2 * i + 1] = __builtin_shufflevector(r[2 * i], r[2 * i + 1], 2, 10, 3, 11, 6, 14, 7, 15);
-  }
-  for (int i = 0; i < 2; ++i)
-    for (int j = 0; j < 2; ++j) {
-      u[4 * i + 2 * j] = __builtin_shufflevector(t[4 * i + j], t[4 * i + j + 2], 0, 1, 8, 9, 4, 5, 12, 13);
-      u[4 * i + 2 * j + 1] = __builtin_shufflevector(t[4 * i + j], t[4 * i + j + 2], 2, 3, 10, 11, 6, 7, 14, 15);
-    }
-  for (int i = 0; i < 4; ++i) {
-    r[i] = __builtin_shufflevector(u[i], u[i + 4], 0, 1, 2, 3, 8, 9, 10, 11);
-    r[i + 4] = __builtin_shufflevector(u[i], u[i + 4], 4, 5, 6, 7, 12, 13, 14, 15);
+// Lane `lane` of an unpack of two vectors: in each group of lanes, units of the lower (half 0) or the upper half of
+// both groups, alternately.
+constexpr int unpacked(int lane, int unit, int group, int half, int lanes) {
+  const int at = lane % group, place = at / unit;
+  return place % 2 * lanes + lane - at + (half * group / unit / 2 + place / 2) * unit + at % unit;
+}
+template <class T, int kUnit, int kGroup, int kHalf, int... kLane>
+SIMD_INLINE Vec<T> unpack(Vec<T> a, Vec<T> b, std::integer_sequence<int, kLane...>) {
+  return __builtin_shufflevector(a, b, unpacked(kLane, kUnit, kGroup, kHalf, kLanes<T>)...);
+}
+// One of the log2(kLanes) steps of a transpose, on vectors kApart from each other: within blocks of 16 bytes where the
+// machine has unpacks of single lanes, by whole blocks from there on.
+template <class T, int kApart>
+SIMD_INLINE void transpose_step(Vec<T>* r) {
+  constexpr int kBlock = 16 / sizeof(T);
+  constexpr int kUnit = kApart < kBlock ? 1 : kApart, kGroup = kApart < kBlock ? kBlock : 2 * kApart;
+  constexpr auto lanes = std::make_integer_sequence<int, kLanes<T>>{};
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes<T>; ++i) {
+    if (i & kApart) continue;
+    const Vec<T> a = r[i], b = r[i + kApart];
+    r[i] = unpack<T, kUnit, kGroup, 0>(a, b, lanes);
+    r[i + kApart] = unpack<T, kUnit, kGroup, 1>(a, b, lanes);
   }
 }
-SIMD_INLINE void transpose(Vec<double>* r) {
-  Vec<double> t[4];
-  for (int i = 0; i < 2; ++i) {
-    t[2 * i] = __builtin_shufflevector(r[2 * i], r[2 * i + 1], 0, 4, 2, 6);
-    t[2 * i + 1] = __builtin_shufflevector(r[2 * i], r[2 * i + 1], 1, 5, 3, 7);
-  }
-  for (int i = 0; i < 2; ++i) {
-    r[i] = __builtin_shufflevector(t[i], t[i + 2], 0, 1, 4, 5);
-    r[i + 2] = __builtin_shufflevector(t[i], t[i + 2], 2, 3, 6, 7);
-  }
+// r [kLanes][kLanes] transposed in place.
+template <class T>
+SIMD_INLINE void transpose(Vec<T>* r) {
+  if constexpr (sizeof(T) == 4) transpose_step<T, 2>(r);
+  transpose_step<T, 1>(r);
+  transpose_step<T, 16 / sizeof(T)>(r);
+  if constexpr (sizeof(Vec<T>) == 64) transpose_step<T, 32 / sizeof(T)>(r);
 }
 
 // kLanes pixels of a row from column `col` on, zeros outside of the image or without a row.
@@ -130,7 +136,7 @@ SIMD_INLINE void pack(const Image<const T>& x, const Geometry& g, const Window& 
         for (int64_t col = 0; col < w.width; col += kCount) {
           Vec<T> r[kCount];
           for (int l = 0; l < kCount; ++l) r[l] = load_columns(rows[l], at.col[l] + col, x.width);
-          transpose(r);
+          transpose<T>(r);
           for (int64_t i = 0; i < std::min(kCount, w.width - col); ++i) simd::store(line + (col + i) * kCount, r[i]);
         }
       }
@@ -149,7 +155,7 @@ SIMD_INLINE void pack(const Image<const T>& x, const Geometry& g, const Window& 
       for (; x.stride_c == 1 && c + kCount <= end; c += kCount) {
         Vec<T> r[kCount];
         for (int l = 0; l < kCount; ++l) r[l] = pixels[l] ? simd::load(pixels[l] + c) : Vec<T>{};
-        transpose(r);
+        transpose<T>(r);
         for (int i = 0; i < kCount; ++i) simd::store(target + (c + i) * plane, r[i]);
       }
       for (; c < end; ++c)
@@ -190,7 +196,7 @@ SIMD_INLINE void unpack(const T* sums, int64_t row_size, const Geometry& g, cons
             for (int64_t i = 0; i < kCount; ++i)
               r[i] =
                   i < vecs ? simd::load(sums + (first + c) * row_size + (h * g.patch_w + col + i) * kCount) : Vec<T>{};
-            transpose(r);
+            transpose<T>(r);
             for (int l = 0; l < kCount; ++l) {
               const int64_t row = pixel_row(l, h, a), column = at.col[l] + col - to.off_w;
               const int64_t low = std::max<int64_t>(0, -column), high = std::min(vecs, y.width - column);
@@ -220,7 +226,7 @@ SIMD_INLINE void unpack(const T* sums, int64_t row_size, const Geometry& g, cons
         for (; y.stride_c == 1 && c + kCount <= count; c += kCount) {
           Vec<T> r[kCount];
           for (int i = 0; i < kCount; ++i) r[i] = simd::load(source + (c + i) * row_size);
-          transpose(r);
+          transpose<T>(r);
           for (int l = 0; l < kCount; ++l)
             if (pixels[l]) simd::store(pixels[l] + channel + c, r[l]);
         }
@@ -231,4 +237,4 @@ SIMD_INLINE void unpack(const T* sums, int64_t row_size, const Geometry& g, cons
   }
 }
 
-}  // namespace cmd_ext::cpu::lanes
+}  // namespace cmd_ext::cpu::SIMD_NAMESPACE::lanes

@@ -1,32 +1,90 @@
-// Vectors of 32 bytes and the run-time choice of instruction set, for the torch-free CPU kernels.
+// Vectors and the run-time choice of instruction set, for the torch-free CPU kernels.
 //
 // Kernels are written once, on GCC/Clang vector extensions, as always_inline code. `simd::run(body)` compiles `body`
-// for the baseline and again for AVX2+FMA and picks at run time, so one wheel serves every x86-64 machine; on other
-// architectures the baseline (e.g. NEON) is the only copy. CMD_EXT_CPU=baseline forces the baseline (tests use it).
+// for the portable instructions of the build's target (SSE2, NEON) and again for AVX2+FMA and picks at run time, so one
+// wheel serves every x86-64 machine. Target attributes, rather than flags of a file, keep the inline functions of other
+// headers portable: their copies are merged by the linker, and any caller may get any of them.
+//
+// A vector has 32 bytes. A file compiled with CMD_EXT_VECTOR_BYTES = 64 holds the copy of its kernels for AVX-512, in a
+// namespace of its own, and is called only where isa() says so. With CMD_EXT_AVX512_AS_AVX2 (tests) that copy is made
+// of pairs of AVX2 registers, so that it runs on machines without AVX-512.
+//
+// CMD_EXT_CPU=scalar|avx2|avx512 forces a path; `baseline` is the older name of `scalar`.
 #pragma once
 
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <stdexcept>
+#include <string>
 
 #define SIMD_INLINE inline __attribute__((always_inline))
 
+#ifndef CMD_EXT_VECTOR_BYTES
+#define CMD_EXT_VECTOR_BYTES 32
+#endif
+// Of everything whose meaning depends on the size of a vector.
+#if CMD_EXT_VECTOR_BYTES == 64
+#define SIMD_NAMESPACE bytes64
+#else
+#define SIMD_NAMESPACE bytes32
+#endif
+
 namespace cmd_ext::cpu::simd {
+
+enum class Isa { scalar, avx2, avx512 };
+constexpr const char* kIsaNames[] = {"scalar", "avx2", "avx512"};
+
+// The path by the name in CMD_EXT_CPU (may be null), on a machine that has all paths up to `best`.
+inline Isa choose_isa(const char* name, Isa best) {
+  if (!name || !*name) return best;
+  if (std::strcmp(name, "baseline") == 0) return Isa::scalar;
+  std::string had;
+  for (int i = 0; i <= int(best); ++i) {
+    if (std::strcmp(name, kIsaNames[i]) == 0) return Isa(i);
+    had += (i ? ", " : "") + std::string(kIsaNames[i]);
+  }
+  throw std::invalid_argument("CMD_EXT_CPU must be a path that this CPU has (" + had + "), got " + name);
+}
+
+inline Isa best_isa() {
+#if defined(__x86_64__)
+  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return Isa::scalar;
+#if defined(CMD_EXT_AVX512_AS_AVX2)
+  return Isa::avx512;
+#else
+  const bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+                    __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+  return wide ? Isa::avx512 : Isa::avx2;
+#endif
+#else
+  return Isa::scalar;
+#endif
+}
+
+// Throws std::invalid_argument where CMD_EXT_CPU names no path of this machine.
+inline Isa isa() {
+  static const Isa chosen = choose_isa(std::getenv("CMD_EXT_CPU"), best_isa());
+  return chosen;
+}
+inline const char* isa_name() { return kIsaNames[int(isa())]; }
+
+inline namespace SIMD_NAMESPACE {
 
 template <class T>
 struct VecOf;
 template <>
 struct VecOf<float> {
-  using type = float __attribute__((vector_size(32)));
+  using type = float __attribute__((vector_size(CMD_EXT_VECTOR_BYTES)));
 };
 template <>
 struct VecOf<double> {
-  using type = double __attribute__((vector_size(32)));
+  using type = double __attribute__((vector_size(CMD_EXT_VECTOR_BYTES)));
 };
 template <class T>
 using Vec = typename VecOf<T>::type;
 template <class T>
-inline constexpr int kLanes = 32 / sizeof(T);
+inline constexpr int kLanes = CMD_EXT_VECTOR_BYTES / sizeof(T);
 
 template <class T>
 SIMD_INLINE Vec<T> load(const T* p) {
@@ -66,24 +124,14 @@ SIMD_INLINE T dot(const T* a, const T* b, int64_t count) {
   return total;
 }
 
-enum class Isa { baseline, avx2 };
-
-inline Isa isa() {
-  static const Isa chosen = [] {
-    const char* forced = std::getenv("CMD_EXT_CPU");
-    if (forced && std::strcmp(forced, "baseline") == 0) return Isa::baseline;
 #if defined(__x86_64__)
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return Isa::avx2;
+#if CMD_EXT_VECTOR_BYTES == 64 && !defined(CMD_EXT_AVX512_AS_AVX2)
+#define SIMD_TARGET "avx512f,avx512dq,avx512bw,avx512vl,avx2,fma"
+#else
+#define SIMD_TARGET "avx2,fma"
 #endif
-    return Isa::baseline;
-  }();
-  return chosen;
-}
-inline const char* isa_name() { return isa() == Isa::avx2 ? "avx2" : "baseline"; }
-
-#if defined(__x86_64__)
 template <class Body>
-__attribute__((target("avx2,fma"))) void run_avx2(const Body& body) {
+__attribute__((target(SIMD_TARGET))) void run_on_target(const Body& body) {
   body();
 }
 #endif
@@ -92,10 +140,15 @@ __attribute__((target("avx2,fma"))) void run_avx2(const Body& body) {
 #define SIMD_LAMBDA() __attribute__((always_inline))
 template <class Body>
 inline void run(const Body& body) {
+#if CMD_EXT_VECTOR_BYTES == 64
+  run_on_target(body);
+#else
 #if defined(__x86_64__)
-  if (isa() == Isa::avx2) return run_avx2(body);
+  if (isa() != Isa::scalar) return run_on_target(body);
 #endif
   body();
+#endif
 }
 
+}  // namespace SIMD_NAMESPACE
 }  // namespace cmd_ext::cpu::simd
