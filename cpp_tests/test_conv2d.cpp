@@ -246,9 +246,45 @@ void check_all() {
   }
 }
 
+// A plan changes no bit; memory that holds none, or one for vectors of another size, is refused.
+template <class T>
+void check_plan() {
+  const int64_t channels = 8, size = 7, m = 12;
+  const RandomCsr<T> s(m, channels * 9, 0.3);
+  const auto u = testing::random_vector<T>(m * 2), v = testing::random_vector<T>(2 * channels * 9);
+  const Strided in(Layout::channels_last, 3, channels, size, size), out(Layout::channels_last, 3, m, size, size);
+  const auto data = testing::random_vector<T>(in.size());
+  std::vector<T> want(out.size()), got(out.size());
+  const Image<const T> x = in.image(data.data());
+  const ConvWeights<T> w{testing::csr_of(s), u.data(), v.data(), 2};
+  const ConvShape shape{3, 1, 3, 3, 1, 1, 1, 1, 1, 1};
+  const auto& parallel_for = testing::splits().front().second;
+  cmd_ext::cpu::lrs_conv2d<T>(x, w, nullptr, out.image(want.data()), shape, parallel_for);
+
+  const auto fill = [&](void* memory) {
+    return cmd_ext::cpu::plan_conv2d(x, w, out.image(got.data()), shape, memory, parallel_for);
+  };
+  struct alignas(64) Line {
+    char bytes[64];
+  };
+  const int64_t bytes = fill(nullptr);
+  std::vector<Line> plan((bytes + 63) / 64);
+  CHECK(fill(plan.data()) == bytes, "bytes", bytes);
+  cmd_ext::cpu::PlannedConv sizes{};
+  CHECK(cmd_ext::cpu::read_plan(plan.data(), bytes, sizes), "bytes", bytes);
+  CHECK(sizes.element == sizeof(T) && sizes.channels == channels && sizes.out_channels == m, "sizes of the plan");
+  cmd_ext::cpu::run_plan<T>(plan.data(), x, nullptr, out.image(got.data()), parallel_for);
+  CHECK(testing::same_bits(got, want), "planned, float", 8 * sizeof(T));
+  CHECK(!cmd_ext::cpu::read_plan(plan.data(), bytes - 64, sizes), "a part of a plan");
+  plan[0].bytes[0] ^= 32 ^ 64;  // the bytes of a vector
+  CHECK(!cmd_ext::cpu::read_plan(plan.data(), bytes, sizes), "a plan for other vectors");
+}
+
 }  // namespace
 
 int main() {
+  check_plan<float>();
+  check_plan<double>();
   check_all<float>();
   check_all<double>();
   return testing::finish_cpu();

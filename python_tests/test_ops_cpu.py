@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 
@@ -48,18 +49,64 @@ def test_same_bits_with_any_number_of_threads(name):
         assert all(map(torch.equal, run, runs[0]))
 
 
+PATHS = ["scalar", "avx2", "avx512"]  # each machine has the first ones
+
+
+def run(*command: str, path: str) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "CMD_EXT_CPU": path}
+    return subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True)
+
+
 def test_cpu_capability():
     forced = os.environ.get("CMD_EXT_CPU")
-    assert _C.cpu_capability() in ([forced] if forced else ["avx2", "baseline"])
+    assert _C.cpu_capability() in ([forced.replace("baseline", "scalar")] if forced else PATHS)
 
 
 @pytest.mark.skipif("CMD_EXT_CPU" in os.environ, reason="the instruction set is already chosen")
-def test_values_on_the_baseline_instruction_set():
+@pytest.mark.parametrize("path", PATHS[:-1])
+def test_values_on_every_instruction_set(path):
+    if PATHS.index(path) >= PATHS.index(_C.cpu_capability()):
+        pytest.skip("the other tests run on it, or this CPU lacks it")
     chosen = "capability or number_of_threads or (_value and float32 and cpu and not svd and not channels_last)"
     files = [__file__, os.path.join(os.path.dirname(__file__), "test_ops.py")]
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", chosen, *files]
-    run = subprocess.run(command, env={**os.environ, "CMD_EXT_CPU": "baseline"}, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout
+    result = run("-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", chosen, *files, path=path)
+    assert result.returncode == 0, result.stdout
+
+
+def test_the_older_name_of_the_scalar_path():
+    result = run("-c", "import torch, cmd_ext._C as c; print(c.cpu_capability())", path="baseline")
+    assert result.stdout == "scalar\n", result.stderr
+
+
+WRONG = """
+import torch, cmd_ext
+from cmd_ext import CMDConv2d, CMDLinear, ops
+layers = [(CMDConv2d(3, 4, 3, rank=1, density=0.5), torch.ones(2, 3, 8, 8)),
+          (CMDLinear(8, 4, rank=1, density=0.5), torch.ones(2, 8))]
+for layer, x in layers:
+    layer.backend = "fused"
+    for grad in (True, False):
+        try:
+            with torch.set_grad_enabled(grad):
+                layer(x)
+        except ValueError as error:
+            print(error)
+try:
+    ops.topk_csr(torch.ones(1, 3, 4), 2)
+except ValueError as error:
+    print(error)
+"""
+
+
+def test_an_unknown_instruction_set_is_an_error_of_one_line():
+    result = run("-c", WRONG, path="avx")
+    lines = result.stdout.splitlines()
+    assert len(lines) == 5, result.stderr
+    for line in lines:
+        assert re.search(r"CMD_EXT_CPU must be a path that this CPU has \(scalar.*\), got avx$", line)
+    result = run("-m", "cmd_ext", "doctor", path="avx")
+    assert result.returncode == 1
+    assert re.fullmatch(r"cmd_ext doctor: CMD_EXT_CPU must be .*, got avx\n", result.stderr)
 
 
 MEASURE = r"""
