@@ -27,6 +27,7 @@ namespace {
 
 using simd::kLanes;
 using simd::Vec;
+namespace lanes = SIMD_NAMESPACE::lanes;
 
 constexpr int64_t kGrainOps = 1 << 15;
 constexpr int64_t kRowBlock = 512;         // rows whose sums wait together
@@ -107,7 +108,7 @@ SIMD_INLINE void pack_columns(const T* x, int64_t samples, int64_t cols, int64_t
     for (int64_t b = 0; b < tile; b += kWidth) {
       Vec<T> r[kWidth];
       for (int64_t l = 0; l < kWidth; ++l) r[l] = b + l < samples ? simd::load(x + (b + l) * cols + c) : Vec<T>{};
-      lanes::transpose(r);
+      lanes::transpose<T>(r);
       for (int64_t l = 0; l < kWidth; ++l) simd::store(xt + (c + l) * tile + b, r[l]);
     }
   for (; c < end; ++c)
@@ -125,7 +126,7 @@ SIMD_INLINE void unpack_rows(const T* sums, int64_t rows, int64_t tile, int64_t 
     for (int64_t b = 0; b < samples; b += kWidth) {
       Vec<T> r[kWidth];
       for (int64_t l = 0; l < kWidth; ++l) r[l] = simd::load(sums + (i + l) * tile + b);
-      lanes::transpose(r);
+      lanes::transpose<T>(r);
       for (int64_t l = 0; l < std::min(kWidth, samples - b); ++l) {
         T* out = y + (b + l) * stride + i;
         simd::store(out, simd::load(out) + (r[l] + shift));
@@ -278,7 +279,7 @@ SIMD_INLINE void add_products(const Vec<T>* row, const T* bt, const int32_t* col
     }
     Vec<T> r[kWidth];
     for (int64_t l = 0; l < kWidth; ++l) r[l] = l < some ? simd::load(parts + l * kWidth) : Vec<T>{};
-    lanes::transpose(r);
+    lanes::transpose<T>(r);
     for (int64_t step = kWidth / 2; step > 0; step /= 2)
       for (int64_t l = 0; l < step; ++l) r[l] += r[l + step];
     if (some == kWidth) {

@@ -41,7 +41,7 @@ inline double fma_peak(int threads) {
   constexpr int kRounds = 5;
   constexpr int64_t kSteps = 20000;
   constexpr std::chrono::milliseconds kRound(10);
-  const bool wide = simd::isa() == simd::Isa::avx2;
+  const bool wide = simd::isa() != simd::Isa::scalar;
   const double flop = 2.0 * kSteps * kChains * (wide ? sizeof(simd::Vec<float>) : sizeof(HalfVec)) / sizeof(float);
 
   std::vector<double> rates(threads * kRounds);

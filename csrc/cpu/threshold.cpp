@@ -195,7 +195,7 @@ __attribute__((target("avx2,popcnt"))) int64_t compress_avx2(Source<T> in, Range
 template <Columns kColumns, class T>
 int64_t compress(const Source<T>& in, Range<T> range, const Target<T>& out) {
 #if defined(__x86_64__)
-  if (simd::isa() == simd::Isa::avx2) return compress_avx2<kColumns>(in, range, out);
+  if (simd::isa() != simd::Isa::scalar) return compress_avx2<kColumns>(in, range, out);
 #endif
   return compress_scalar<kColumns>(in, 0, in.count, range, out, 0);
 }
