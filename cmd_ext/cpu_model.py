@@ -3,9 +3,9 @@
 The time of a call is a sum of its work, each kind times a constant: the call itself, the elements of x and y, the
 numbers stored as weights, and multiply-adds; the sparse kernels have their nonzeros and their rows of sums besides. The
 constants are those that predict a few small measured layers with the least relative error. They are measured at first
-use (about two seconds), kept in the user's cache folder by CPU, instruction set, threads and version of torch, and
+use (about a second), kept in the user's cache folder by CPU, instruction set, threads and version of torch, and
 replaced by those of a machine with 2 cores and AVX2 where measuring would be in the way: while a program is traced, in
-a process group, or where CMD_EXT_AUTOTUNE=0 switches measuring off.
+a process group, or where CMD_EXT_AUTOTUNE=0 switches all of this off.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ import json
 import os
 import platform
 import re
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import lru_cache
+from operator import mul
 from pathlib import Path
 
 import numpy as np
@@ -73,16 +74,21 @@ def predict(work: Work, rates: CpuRates, rebuild: bool) -> dict[str, float]:
     dense, fused = (
         (rates.conv_dense, rates.conv_fused) if work.convolution else (rates.linear_dense, rates.linear_fused)
     )
-    scale = work.dtype.itemsize / 4 if work.dtype.itemsize > 4 else 1.0
-    times = {"dense": scale * float(np.dot(dense, dense_work(work))), "fused": scale * np.dot(fused, fused_work(work))}
+    times = {"dense": _dot(dense, dense_work(work)), "fused": _dot(fused, fused_work(work))}
     if rebuild:
         product = replace(work, n=max(work.rank, 1), tokens=work.n, inputs=work.nnz, outputs=work.m * work.n)
-        times["dense"] += scale * float(np.dot(rates.linear_dense, dense_work(product)))
+        times["dense"] += _dot(rates.linear_dense, dense_work(product))
     if work.nnz == 0:
-        times["lowrank"] = scale * float(np.dot(dense, lowrank_work(work))) if work.rank else times["fused"]
+        times["lowrank"] = _dot(dense, lowrank_work(work)) if work.rank else times["fused"]
         if not work.convolution:  # then our kernels are the same two products
             del times["fused"]
-    return {way: float(seconds) for way, seconds in times.items()}
+    scale = max(work.dtype.itemsize, 4) / 4
+    return {way: scale * seconds for way, seconds in times.items()}
+
+
+def _dot(a: Sequence[float], b: Sequence[float]) -> float:
+    """Of a few numbers: numpy takes longer, and this is part of every call."""
+    return sum(map(mul, a, b))
 
 
 # The fit ------------------------------------------------------------------------------------------------------------
@@ -223,28 +229,32 @@ def may_measure() -> bool:
     return not (torch.distributed.is_available() and torch.distributed.is_initialized())
 
 
-_loaded: dict[str, CpuRates] = {}
+_loaded: dict[int, CpuRates] = {}  # by number of threads
 
 
-def load_rates(folder: Path) -> CpuRates:
-    """The constants of this machine from `folder`, measured and kept there if that may be done, else the defaults."""
-    name = _rates_key(torch.get_num_threads())
-    if name in _loaded:
-        return _loaded[name]
-    file = folder / name
-    rates = read_rates(file)
-    if rates is None:
-        if not may_measure():
-            return DEFAULTS
-        rates = fit_rates()
-        save_rates(file, rates)
-    _loaded[name] = rates
-    return rates
+def load_rates() -> CpuRates:
+    """The constants of this machine: kept in the cache folder, else measured if that may be done, else the defaults."""
+    if os.environ.get("CMD_EXT_AUTOTUNE") == "0":
+        return DEFAULTS
+    threads = torch.get_num_threads()
+    if threads not in _loaded:
+        file = cache_folder() / rates_key()
+        rates = read_rates(file)
+        if rates is None:
+            if not may_measure():
+                return DEFAULTS  # it may be done later
+            rates = fit_rates()
+            save_rates(file, rates)
+        _loaded[threads] = rates
+    return _loaded[threads]
 
 
-@lru_cache(maxsize=16)
-def _rates_key(_threads: int) -> str:
-    return rates_key()
+def cache_folder() -> Path:
+    """Where measured rates are kept: $XDG_CACHE_HOME/cmd_ext, by default ~/.cache/cmd_ext."""
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cmd_ext"
+    except RuntimeError:  # a user without a home
+        return Path(tempfile.gettempdir()) / "cmd_ext"
 
 
 def read_rates(file: Path) -> CpuRates | None:

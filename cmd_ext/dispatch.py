@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -91,7 +90,7 @@ def predict(work: Work, rates: DeviceRates, rebuild: bool) -> dict[str, float]:
 def predicted(work: Work, device: torch.device, rebuild: bool) -> dict[str, float]:
     """Seconds of one call by backend, the possible ones; empty on devices without a model or without our kernels."""
     if device.type == "cpu":
-        return cpu_model.predict(work, cpu_model.load_rates(cache_folder()), rebuild)
+        return cpu_model.predict(work, cpu_model.load_rates(), rebuild)
     if device.type == "cuda" and has_cuda_kernels():
         return predict(work, load_rates(device), rebuild)
     return {}
@@ -128,17 +127,9 @@ def has_cuda_kernels() -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key("cmd_ext::lrs_linear", "CUDA")
 
 
-def cache_folder() -> Path:
-    """Where measured rates are kept: $XDG_CACHE_HOME/cmd_ext, by default ~/.cache/cmd_ext."""
-    try:
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cmd_ext"
-    except RuntimeError:  # a user without a home
-        return Path(tempfile.gettempdir()) / "cmd_ext"
-
-
 def rates_file(name: str) -> Path:
     """The file of the measured rates of a GPU of that name."""
-    return cache_folder() / (re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-").lower() + ".json")
+    return cpu_model.cache_folder() / (re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-").lower() + ".json")
 
 
 def data_sheet(capability: tuple[int, int]) -> DeviceRates:

@@ -62,24 +62,24 @@ def test_measured_rates_are_kept_for_later_processes(tmp_path, monkeypatch):
     measured = dataclasses.replace(DEFAULTS, conv_dense=(1.0, 2.0, 3.0, 4.0, 5.0))
     fits = []
     monkeypatch.setattr(cpu_model, "fit_rates", lambda: fits.append(1) or measured)
-    folder = dispatch.cache_folder()
-    assert folder.parent == tmp_path
-    assert cpu_model.load_rates(folder) == cpu_model.load_rates(folder) == measured
+    assert cpu_model.load_rates() == cpu_model.load_rates() == measured
     monkeypatch.setattr(cpu_model, "_loaded", {})
-    assert cpu_model.load_rates(folder) == measured
-    assert (len(fits), len([*folder.iterdir()])) == (1, 1)
+    assert cpu_model.load_rates() == measured
+    assert (len(fits), len([*(tmp_path / "cmd_ext").iterdir()])) == (1, 1)
 
 
 def test_nothing_is_measured_where_it_would_be_in_the_way(monkeypatch):
     monkeypatch.setattr(cpu_model, "fit_rates", lambda: pytest.fail("measured"))
-    folder = dispatch.cache_folder()
-    assert cpu_model.load_rates(folder) == DEFAULTS  # the tests run under CMD_EXT_AUTOTUNE=0
     monkeypatch.setenv("CMD_EXT_AUTOTUNE", "1")
     assert cpu_model.may_measure()
     with FlopCounterMode(display=False):
-        assert cpu_model.load_rates(folder) == DEFAULTS
-    torch.func.vmap(lambda x: cpu_model.load_rates(folder) and x)(torch.ones(2))
-    assert not cpu_model._loaded
+        assert cpu_model.load_rates() == DEFAULTS
+    torch.func.vmap(lambda x: cpu_model.load_rates() and x)(torch.ones(2))
+    assert not cpu_model._loaded, "it may be measured later"
+    cpu_model._loaded[torch.get_num_threads()] = dataclasses.replace(DEFAULTS, conv_dense=(1.0,) * 5)
+    assert cpu_model.load_rates() != DEFAULTS
+    monkeypatch.setenv("CMD_EXT_AUTOTUNE", "0")
+    assert cpu_model.load_rates() == DEFAULTS
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", "null", '{"conv_dense": 1}', json.dumps({"conv_dense": [1, 2]})])

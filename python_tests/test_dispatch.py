@@ -167,7 +167,7 @@ def test_the_size_of_the_latest_call_is_remembered():
 def tuning(monkeypatch):
     """Timing is on, the model is that of the defaults."""
     monkeypatch.setenv("CMD_EXT_AUTOTUNE", "1")
-    monkeypatch.setattr(cpu_model, "load_rates", lambda _: cpu_model.DEFAULTS)
+    monkeypatch.setattr(cpu_model, "load_rates", lambda: cpu_model.DEFAULTS)
     monkeypatch.setattr(dispatch, "CLOSE", 1e9)
 
 
