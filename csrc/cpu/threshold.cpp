@@ -430,7 +430,7 @@ class Selection {
       while (histogram[bucket] < rank) rank -= histogram[bucket--];
       inside = histogram[bucket];
       low += Key<T>(bucket << shift);
-      high = std::min<Key<T>>(high, low + (Key<T>(1) << shift) - 1);
+      high = low + std::min<Key<T>>(high - low, (Key<T>(1) << shift) - 1);  // no sum beyond the largest key
     }
     threshold_ = low < high ? select_few(low, high, inside, rank) : low;
     return true;
