@@ -21,7 +21,9 @@ std::string error_of(const char* name, Isa best) {
 void check_choice() {
   for (Isa best : {Isa::scalar, Isa::avx2, Isa::avx512}) {
     for (const char* unset : {static_cast<const char*>(nullptr), ""})
-      CHECK(simd::choose_isa(unset, best) == best, "unset", int(best));
+      for (auto preferred : {+[](Isa best) { return best; }, +[](Isa) { return Isa::scalar; }})
+        CHECK(simd::choose_isa(unset, best, preferred) == preferred(best), "unset", int(best));
+    if (best < Isa::avx512) CHECK(simd::preferred_isa(best) == best, "preferred", int(best));
     CHECK(simd::choose_isa("baseline", best) == Isa::scalar, "baseline", int(best));
     for (Isa wanted : {Isa::scalar, Isa::avx2, Isa::avx512}) {
       const char* name = simd::kIsaNames[int(wanted)];
@@ -30,6 +32,10 @@ void check_choice() {
       else
         CHECK(error_of(name, best) != "none", name, int(best));
     }
+  }
+  if (simd::best_isa() == Isa::avx512) {
+    const double gain = simd::gain_of_avx512();  // pairs of AVX2 registers gain nothing
+    CHECK(gain > 0.5 && gain < 3, "AVX-512 over AVX2", gain);
   }
   const std::string error = error_of("avx", Isa::avx2);
   CHECK(error == "CMD_EXT_CPU must be a path that this CPU has (scalar, avx2), got avx", error);

@@ -6,19 +6,14 @@
 // headers portable: their copies are merged by the linker, and any caller may get any of them.
 //
 // A vector has 32 bytes. A file compiled with CMD_EXT_VECTOR_BYTES = 64 holds the copy of its kernels for AVX-512, in a
-// namespace of its own, and is called only where isa() says so. With CMD_EXT_AVX512_AS_AVX2 (tests) that copy is made
-// of pairs of AVX2 registers, so that it runs on machines without AVX-512.
-//
-// CMD_EXT_CPU=scalar|avx2|avx512 forces a path; `baseline` is the older name of `scalar`.
+// namespace of its own, and is called only where isa() (isa.h) says so. With CMD_EXT_AVX512_AS_AVX2 (tests) that copy
+// is made of pairs of AVX2 registers, so that it runs on machines without AVX-512.
 #pragma once
 
 #include <cstdint>
-#include <cstdlib>
 #include <cstring>
-#include <stdexcept>
-#include <string>
 
-#define SIMD_INLINE inline __attribute__((always_inline))
+#include "isa.h"
 
 #ifndef CMD_EXT_VECTOR_BYTES
 #define CMD_EXT_VECTOR_BYTES 32
@@ -31,43 +26,6 @@
 #endif
 
 namespace cmd_ext::cpu::simd {
-
-enum class Isa { scalar, avx2, avx512 };
-constexpr const char* kIsaNames[] = {"scalar", "avx2", "avx512"};
-
-// The path by the name in CMD_EXT_CPU (may be null), on a machine that has all paths up to `best`.
-inline Isa choose_isa(const char* name, Isa best) {
-  if (!name || !*name) return best;
-  if (std::strcmp(name, "baseline") == 0) return Isa::scalar;
-  std::string had;
-  for (int i = 0; i <= int(best); ++i) {
-    if (std::strcmp(name, kIsaNames[i]) == 0) return Isa(i);
-    had += (i ? ", " : "") + std::string(kIsaNames[i]);
-  }
-  throw std::invalid_argument("CMD_EXT_CPU must be a path that this CPU has (" + had + "), got " + name);
-}
-
-inline Isa best_isa() {
-#if defined(__x86_64__)
-  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return Isa::scalar;
-#if defined(CMD_EXT_AVX512_AS_AVX2)
-  return Isa::avx512;
-#else
-  const bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
-                    __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
-  return wide ? Isa::avx512 : Isa::avx2;
-#endif
-#else
-  return Isa::scalar;
-#endif
-}
-
-// Throws std::invalid_argument where CMD_EXT_CPU names no path of this machine.
-inline Isa isa() {
-  static const Isa chosen = choose_isa(std::getenv("CMD_EXT_CPU"), best_isa());
-  return chosen;
-}
-inline const char* isa_name() { return kIsaNames[int(isa())]; }
 
 inline namespace SIMD_NAMESPACE {
 
@@ -125,10 +83,10 @@ SIMD_INLINE T dot(const T* a, const T* b, int64_t count) {
 }
 
 #if defined(__x86_64__)
-#if CMD_EXT_VECTOR_BYTES == 64 && !defined(CMD_EXT_AVX512_AS_AVX2)
-#define SIMD_TARGET "avx512f,avx512dq,avx512bw,avx512vl,avx2,fma"
+#if CMD_EXT_VECTOR_BYTES == 64
+#define SIMD_TARGET SIMD_AVX512
 #else
-#define SIMD_TARGET "avx2,fma"
+#define SIMD_TARGET SIMD_AVX2
 #endif
 template <class Body>
 __attribute__((target(SIMD_TARGET))) void run_on_target(const Body& body) {
