@@ -31,6 +31,7 @@ from .compress import Plan, apply_plan, compress, to_dense  # noqa: E402
 from .cost import profile  # noqa: E402
 from .decompose import Decomposition, decompose, decompose_batch  # noqa: E402
 from .finetune import finetune  # noqa: E402
+from .inference import fuse  # noqa: E402
 from .io import load, save  # noqa: E402
 from .modules import CMDConv2d, CMDLinear  # noqa: E402
 from .search import UnsatisfiableError  # noqa: E402
@@ -46,6 +47,7 @@ __all__ = [
     "decompose",
     "decompose_batch",
     "finetune",
+    "fuse",
     "load",
     "profile",
     "recalibrate_batchnorm",

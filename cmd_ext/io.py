@@ -36,8 +36,12 @@ def save(model: nn.Module, path: str | os.PathLike) -> None:
     Raises:
         OSError: the folder does not exist or cannot be written.
         TypeError: the state holds something else than tensors.
+        ValueError: the network was fused for inference, so that no fresh model could load it.
     """
     model = _unwrapped(model)
+    for name, module in model.named_modules():
+        if isinstance(module, CMD_LAYERS) and module.activation is not None:
+            raise ValueError(f"save: layer {name!r} must not be fused with a ReLU; save the network before fuse()")
     path = Path(path)
     tensors, aliases = _tensors(model)
     content = {"version": FORMAT_VERSION, "layers": _structure(model), "aliases": aliases}

@@ -23,6 +23,7 @@ class _LowRankSparse(nn.Module):
     """
 
     _is_convolution = False
+    _activation: str | None = None
 
     def __init__(self, m: int, n: int, groups: int, rank: int, density: float, bias: bool, device, dtype) -> None:
         super().__init__()
@@ -116,6 +117,23 @@ class _LowRankSparse(nn.Module):
         self._backend, self._kept = choice, None
 
     @property
+    def activation(self) -> str | None:
+        """None, or "relu": the outputs are max(y, 0), for free in the fused convolution. `fuse` assigns it."""
+        return self._activation
+
+    @activation.setter
+    def activation(self, name: str | None) -> None:
+        if name not in (None, "relu"):
+            raise ValueError(f"{type(self).__name__}: activation must be None or 'relu', got {name!r}")
+        self._activation, self._kept = name, None
+
+    def _activated(self, y: Tensor) -> Tensor:
+        return y if self._activation is None else F.relu(y)
+
+    def _activated_(self, y: Tensor) -> Tensor:
+        return y if self._activation is None else y.relu_()
+
+    @property
     def predicted_ms(self) -> dict[str, float]:
         """Predicted milliseconds of the latest call's size by backend; empty on devices without a model."""
         times = dispatch.predicted(self._work(), self.u.device, self._records_gradients())
@@ -154,19 +172,19 @@ class _LowRankSparse(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.compiler.is_compiling() or torch._C._is_tracing():  # sizes may be symbols
-            return self._compute(x)
+            return self._activated(self._compute(x))
         shape = x.shape
         if shape != self._noted:
             self._note_size(x)
         sources = self._sources()
         if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, self.bias, *sources)):
-            return self._compute(x)
+            return self._activated(self._compute(x))
         if torch._C._len_torch_dispatch_stack() > 0 or torch._C._functorch.maybe_current_level() is not None:
-            return self._compute(x)
+            return self._activated(self._compute(x))
         kept = self._kept
         if kept is None or not _is_state(kept[0], sources):
             if any(t.is_inference() for t in sources):  # these have no version
-                return self._compute(x)
+                return self._activated(self._compute(x))
             kept = self._kept = _state(sources), {}, {}
         _, calls, shared = kept
         dtype = torch.get_autocast_dtype(x.device.type) if torch._C._is_any_autocast_enabled() else x.dtype
@@ -197,8 +215,8 @@ class _LowRankSparse(nn.Module):
             matrix = shared.get("matrix")
             if matrix is None:
                 matrix = shared["matrix"] = self._matrix()
-            return lambda layer, x: layer._dense(x, matrix)
-        return lambda layer, x: layer._compute(x, backend)
+            return lambda layer, x: layer._activated_(layer._dense(x, matrix))
+        return lambda layer, x: layer._activated_(layer._compute(x, backend))
 
     def _apply(self, fn, recurse=True):
         self._kept = None  # an empty tensor's dtype and device are no part of the state
@@ -263,7 +281,8 @@ class _LowRankSparse(nn.Module):
 
     def _extra(self) -> str:
         bias = "" if self.bias is not None else ", bias=False"
-        return f"{bias}, rank={self.rank}, nnz={self.nnz}, density={self.density:.4g}"
+        activation = "" if self._activation is None else f", activation={self._activation}"
+        return f"{bias}, rank={self.rank}, nnz={self.nnz}, density={self.density:.4g}{activation}"
 
 
 def _state(sources: tuple[Tensor, ...]) -> tuple:
@@ -343,7 +362,7 @@ class CMDLinear(_LowRankSparse):
 
     def _prepare_by(self, backend: str, x: Tensor, shared: dict):
         if backend == "lowrank":
-            return lambda layer, x: F.linear(F.linear(x, layer.v), layer.u, layer._bias())
+            return lambda layer, x: layer._activated_(F.linear(F.linear(x, layer.v), layer.u, layer._bias()))
         if backend != "fused" or x.device.type != "cpu" or x.dtype != self.u.dtype or x.numel() == 0:
             return super()._prepare_by(backend, x, shared)
         few = x.numel() <= ops.FEW_SAMPLES * self.in_features
@@ -351,7 +370,7 @@ class CMDLinear(_LowRankSparse):
         plan = shared.get(key)
         if plan is None:
             plan = shared[key] = ops.plan_lrs_linear(self.values, self.pattern, self.in_features, few)
-        return lambda layer, x: ops.planned_lrs_linear(x, layer.u, layer.v, plan, layer._bias())
+        return lambda layer, x: layer._activated_(ops.planned_lrs_linear(x, layer.u, layer.v, plan, layer._bias()))
 
     def _tokens_of(self, x: Tensor) -> int:
         return x.numel() // max(self.in_features, 1)
@@ -361,7 +380,7 @@ class CMDLinear(_LowRankSparse):
         return self._matrix()
 
     def to_dense(self) -> nn.Linear:
-        """An nn.Linear with the same outputs (to rounding)."""
+        """An nn.Linear with the same outputs (to rounding), followed by an nn.ReLU where `activation` says so."""
         options = {"device": self.u.device, "dtype": self.u.dtype}
         return _densify(self, nn.Linear(self.in_features, self.out_features, self.bias is not None, **options))
 
@@ -467,7 +486,7 @@ class CMDConv2d(_LowRankSparse):
             return super()._prepare_by(backend, x, shared)
         weights = (self.u, self.v, self.values, self.pattern)
         plan = ops.plan_lrs_conv2d(*weights, x.shape, self.kernel_size, *self._geometry)
-        return lambda layer, x: ops.planned_lrs_conv2d(x, plan, layer.bias)
+        return lambda layer, x: ops.planned_lrs_conv2d(x, plan, layer.bias, layer._activation is not None)
 
     def _tokens_of(self, x: Tensor) -> int:
         """Pixels of the output, over the batch."""
@@ -480,7 +499,7 @@ class CMDConv2d(_LowRankSparse):
         return self._matrix().view(self.out_channels, -1, *self.kernel_size)
 
     def to_dense(self) -> nn.Conv2d:
-        """An nn.Conv2d with the same outputs (to rounding)."""
+        """An nn.Conv2d with the same outputs (to rounding), followed by an nn.ReLU where `activation` says so."""
         geometry = (self.kernel_size, self.stride, self.padding, self.dilation, self.groups)
         options = {"device": self.u.device, "dtype": self.u.dtype}
         has_bias = self.bias is not None
@@ -528,4 +547,5 @@ def _densify(layer: _LowRankSparse, dense: nn.Module) -> nn.Module:
         if layer.bias is not None:
             dense.bias.copy_(layer.bias)
     dense.weight.requires_grad_(layer.values.requires_grad)
-    return dense.train(layer.training)
+    dense.train(layer.training)
+    return dense if layer.activation is None else nn.Sequential(dense, nn.ReLU())

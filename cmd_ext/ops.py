@@ -653,14 +653,14 @@ def plan_lrs_conv2d(u, v, values, pattern: Pattern, x_size, kernel_size, stride,
     )
 
 
-def planned_lrs_conv2d(x: Tensor, plan: Tensor, bias: Tensor | None) -> Tensor:
-    """lrs_conv2d with the weights of a plan, to the bit. Not differentiable.
+def planned_lrs_conv2d(x: Tensor, plan: Tensor, bias: Tensor | None, relu: bool = False) -> Tensor:
+    """lrs_conv2d with the weights of a plan, to the bit, and its positive part with `relu`. Not differentiable.
 
     Raises:
         ValueError: the plan is for another size or precision, or is none.
     """
     x, bias = _autocast(x, bias)
-    return _ops._planned_lrs_conv2d(x, plan, bias)
+    return _ops._planned_lrs_conv2d(x, plan, bias, relu)
 
 
 def _like_image(x: Tensor, size) -> Tensor:

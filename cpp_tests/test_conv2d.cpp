@@ -273,8 +273,11 @@ void check_plan() {
   cmd_ext::cpu::PlannedConv sizes{};
   CHECK(cmd_ext::cpu::read_plan(plan.data(), bytes, sizes), "bytes", bytes);
   CHECK(sizes.element == sizeof(T) && sizes.channels == channels && sizes.out_channels == m, "sizes of the plan");
-  cmd_ext::cpu::run_plan<T>(plan.data(), x, nullptr, out.image(got.data()), parallel_for);
+  cmd_ext::cpu::run_plan<T>(plan.data(), x, nullptr, false, out.image(got.data()), parallel_for);
   CHECK(testing::same_bits(got, want), "planned, float", 8 * sizeof(T));
+  for (T& y : want) y = std::max(y, T(0));
+  cmd_ext::cpu::run_plan<T>(plan.data(), x, nullptr, true, out.image(got.data()), parallel_for);
+  CHECK(testing::same_bits(got, want), "planned with ReLU, float", 8 * sizeof(T));
   CHECK(!cmd_ext::cpu::read_plan(plan.data(), bytes - 64, sizes), "a part of a plan");
   plan[0].bytes[0] ^= 32 ^ 64;  // the bytes of a vector
   CHECK(!cmd_ext::cpu::read_plan(plan.data(), bytes, sizes), "a plan for other vectors");

@@ -257,7 +257,7 @@ Tensor plan_lrs_conv2d(const Tensor& u, const Tensor& v, const Tensor& values, c
   return plan;
 }
 
-Tensor planned_lrs_conv2d(const Tensor& x, const Tensor& plan, const std::optional<Tensor>& bias) {
+Tensor planned_lrs_conv2d(const Tensor& x, const Tensor& plan, const std::optional<Tensor>& bias, bool relu) {
   const char* op = "_planned_lrs_conv2d";
   check_float(op, "x", x);
   check_dim(op, "x", x, 4, "[batch, channels, height, width]");
@@ -278,7 +278,7 @@ Tensor planned_lrs_conv2d(const Tensor& x, const Tensor& plan, const std::option
   Tensor y = empty_image(input, {sizes.batch, m, sizes.out_height, sizes.out_width}, is_channels_last(x));
   dispatch(type, [&](auto tag) {
     using T = decltype(tag);
-    cpu::run_plan(plan.const_data_ptr(), image_of<T>(input), wide_bias ? wide_bias->const_data_ptr<T>() : nullptr,
+    cpu::run_plan(plan.const_data_ptr(), image_of<T>(input), wide_bias ? wide_bias->const_data_ptr<T>() : nullptr, relu,
                   output_of<T>(y), threads());
   });
   return as_type(y, x.scalar_type());

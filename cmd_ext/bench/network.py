@@ -63,8 +63,8 @@ def dense_twin(network: nn.Module) -> nn.Module:
 def vgg_case(run: Run, batch: int) -> Case:
     torch.manual_seed(0)
     with torch.device(run.device):
-        ours = compressed(vgg16(side=SIDE).to(run.dtype), 8, 0.02)
-    dense = dense_twin(ours)
+        plain = compressed(vgg16(side=SIDE).to(run.dtype), 8, 0.02)
+    dense, ours = dense_twin(plain), cmd_ext.fuse(plain)
     x = run.randn(batch, 3, SIDE, SIDE)
     last = x.contiguous(memory_format=LAST)
     one = x[:1].double()
@@ -78,7 +78,7 @@ def vgg_case(run: Run, batch: int) -> Case:
         4 * run.tolerance,  # sixteen layers of roundings
         dense_networks(dense, x, last),
         goals=(Goal("g", f"{name}, over the dense network frozen and packed", WANTED),),
-        note=f"{sum(isinstance(m, CMDConv2d) for m in ours.modules())} layers compressed",
+        note=f"{sum(isinstance(m, CMDConv2d) for m in ours.modules())} layers compressed; cmd_ext.fuse",
     )
 
 

@@ -32,9 +32,9 @@ bool read_plan(const void* memory, int64_t bytes, PlannedConv& sizes) {
 }
 
 template <class T>
-void run_plan(const void* memory, const Image<const T>& x, const T* bias, const Image<T>& y,
+void run_plan(const void* memory, const Image<const T>& x, const T* bias, bool relu, const Image<T>& y,
               const ParallelFor& parallel_for) {
-  kernels<T>().run_plan(memory, x, bias, y, parallel_for);
+  kernels<T>().run_plan(memory, x, bias, relu, y, parallel_for);
 }
 
 template <class T>
@@ -58,7 +58,7 @@ void lrs_conv2d_grad_weights(const Image<const T>& x, const Image<const T>& dy, 
 #define INSTANTIATE(T)                                                                                                 \
   template int64_t plan_conv2d(const Image<const T>&, const ConvWeights<T>&, const Image<T>&, const ConvShape&, void*, \
                                const ParallelFor&);                                                                    \
-  template void run_plan(const void*, const Image<const T>&, const T*, const Image<T>&, const ParallelFor&);           \
+  template void run_plan(const void*, const Image<const T>&, const T*, bool, const Image<T>&, const ParallelFor&);     \
   template void lrs_conv2d(const Image<const T>&, const ConvWeights<T>&, const T*, const Image<T>&, const ConvShape&,  \
                            const ParallelFor&);                                                                        \
   template void lrs_conv2d_grad_input(const Image<const T>&, const ConvWeights<T>&, const Image<T>&, const ConvShape&, \

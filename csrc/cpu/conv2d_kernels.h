@@ -22,10 +22,11 @@
 //
 // Compiled for vectors of 32 bytes and, for AVX-512 (conv2d_avx512.cpp), of 64: there S has tiles of up to 28 of the 32
 // registers, dvalues two registers of sums a nonzero, dU and dV sixteen sums of 8 rows, and a block half the channels,
-// so that it still fits L1. On Zen 4, whose FMAs of 64 bytes take twice those of 32, that copy is no faster at 56x56 and
-// slower at 14x14 and below, so isa.h leaves it to CPUs with full-width units, where its speed was not measured.
+// so that it still fits L1. On Zen 4, whose FMAs of 64 bytes take twice those of 32, that copy is no faster at 56x56
+// and slower at 14x14 and below, so isa.h leaves it to CPUs with full-width units, where its speed was not measured.
 #pragma once
 
+#include <limits>
 #include <vector>
 
 #include "conv2d_plan.h"
@@ -371,13 +372,14 @@ SIMD_INLINE void multiply_middle(const Plan<T>& plan, const Buffers<T>& b, int64
   }
 }
 
-// Runs a plan: out = bias + (U V + S) * in, as far as the plan has these branches.
+// Runs a plan: out = bias + (U V + S) * in, as far as the plan has these branches; with `relu`, its positive part.
 template <class T>
-void run(const Plan<T>& plan, const Image<const T>& in, const T* bias, const Image<T>& out,
+void run(const Plan<T>& plan, const Image<const T>& in, const T* bias, bool relu, const Image<T>& out,
          const ParallelFor& parallel_for) {
   const Header& h = *plan.head;
   const Geometry& g = h.geometry;
-  const Target<T> target{out, h.phases_h, h.phases_w, h.off_h, h.off_w};
+  const Target<T> target{out,     h.phases_h, h.phases_w,
+                         h.off_h, h.off_w,    relu ? T(0) : -std::numeric_limits<T>::infinity()};
   const lanes::Window window = input_window(g);
   int64_t quads = 0, aligned = 1;  // rows can be dealt in eights where no part begins within one
   for (int64_t p = 0; p < h.parts_in; ++p) quads += ceil_div(plan.parts[p].rows, kQuad);
@@ -444,10 +446,10 @@ bool read_plan(const void* memory, int64_t bytes, PlannedConv& sizes) {
 }
 
 template <class T>
-void run_plan(const void* memory, const Image<const T>& x, const T* bias, const Image<T>& y,
+void run_plan(const void* memory, const Image<const T>& x, const T* bias, bool relu, const Image<T>& y,
               const ParallelFor& parallel_for) {
   void* plan = const_cast<void*>(memory);  // only read
-  run(Plan<T>(plan, *static_cast<const Header*>(plan)), x, bias, y, parallel_for);
+  run(Plan<T>(plan, *static_cast<const Header*>(plan)), x, bias, relu, y, parallel_for);
 }
 
 template <class T>
@@ -457,7 +459,7 @@ void lrs_conv2d(const Image<const T>& x, const ConvWeights<T>& w, const T* bias,
   const PlanOfCall<T> call(forward_header(shape, w, x, y.height, y.width, w.s.nnz(), y.channels, parallel_for.threads));
   const Plan<T>& plan = call.plan;
   fill_forward(plan, shape, w, parallel_for);
-  run(plan, x, bias, y, parallel_for);
+  run(plan, x, bias, false, y, parallel_for);
 }
 
 template <class T>
@@ -467,7 +469,7 @@ void lrs_conv2d_grad_input(const Image<const T>& dy, const ConvWeights<T>& w, co
   const PlanOfCall<T> call(grad_header(shape, w, dy, dx, parallel_for.threads));
   const Plan<T>& plan = call.plan;
   fill_grad(plan, shape, w, dx.channels, parallel_for);
-  run(plan, dy, static_cast<const T*>(nullptr), dx, parallel_for);
+  run(plan, dy, static_cast<const T*>(nullptr), false, dx, parallel_for);
 }
 
 template <class T>

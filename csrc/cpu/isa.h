@@ -101,9 +101,7 @@ inline double gain_of_avx512() {
 }
 
 // What is chosen unasked on a machine that has all paths up to `best`.
-inline Isa preferred_isa(Isa best) {
-  return best == Isa::avx512 && gain_of_avx512() < 1.5 ? Isa::avx2 : best;
-}
+inline Isa preferred_isa(Isa best) { return best == Isa::avx512 && gain_of_avx512() < 1.5 ? Isa::avx2 : best; }
 
 // The path by the name in CMD_EXT_CPU (may be null), on a machine that has all paths up to `best`.
 inline Isa choose_isa(const char* name, Isa best, Isa (*preferred)(Isa) = preferred_isa) {

@@ -110,9 +110,9 @@ struct PlannedConv {
 // False if the memory holds no plan.
 bool read_plan(const void* memory, int64_t bytes, PlannedConv& sizes);
 
-// y = bias + (U V + S) * x with the weights of a plan.
+// y = bias + (U V + S) * x with the weights of a plan; with `relu`, max(y, 0).
 template <class T>
-void run_plan(const void* memory, const Image<const T>& x, const T* bias, const Image<T>& y,
+void run_plan(const void* memory, const Image<const T>& x, const T* bias, bool relu, const Image<T>& y,
               const ParallelFor& parallel_for);
 
 // dx = gradient of lrs_conv2d for x.

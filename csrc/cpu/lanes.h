@@ -164,11 +164,12 @@ SIMD_INLINE void pack(const Image<const T>& x, const Geometry& g, const Window& 
 }
 
 // The image that a grid of rows is written to: row r of the grid is channel r % channels of phase r / channels, whose
-// position (h, w) is pixel (h * phases_h + phase / phases_w - off_h, ...).
+// position (h, w) is pixel (h * phases_h + phase / phases_w - off_h, ...). What is below `least` becomes it.
 template <class T>
 struct Target {
   Image<T> image;
   int64_t phases_h, phases_w, off_h, off_w;
+  T least;  // 0: a ReLU; -infinity: nothing. NaN stays.
 };
 
 // Rows [begin, end) of an item, sums[row][position][lane], to the image; what lies outside of it is left out.
@@ -178,6 +179,11 @@ SIMD_INLINE void unpack(const T* sums, int64_t row_size, const Geometry& g, cons
   constexpr int64_t kCount = kLanes<T>;
   const Image<T>& y = to.image;
   const Origins<kCount> at(g, output_window(g), item);
+  const Vec<T> least = Vec<T>{} + to.least;
+  const auto sum_at = [&](const T* from) SIMD_LAMBDA() {
+    const Vec<T> sum = simd::load(from);
+    return sum < least ? least : sum;
+  };
   const auto pixel_row = [&](int l, int64_t h, int64_t a) -> int64_t {
     const int64_t row = at.row[l] + h, pixel = row * to.phases_h + a - to.off_h;
     return at.image[l] < g.batch && row < g.rows && pixel >= 0 && pixel < y.height ? pixel : -1;
@@ -194,8 +200,7 @@ SIMD_INLINE void unpack(const T* sums, int64_t row_size, const Geometry& g, cons
             const int64_t vecs = std::min(kCount, g.patch_w - col);
             Vec<T> r[kCount];
             for (int64_t i = 0; i < kCount; ++i)
-              r[i] =
-                  i < vecs ? simd::load(sums + (first + c) * row_size + (h * g.patch_w + col + i) * kCount) : Vec<T>{};
+              r[i] = i < vecs ? sum_at(sums + (first + c) * row_size + (h * g.patch_w + col + i) * kCount) : Vec<T>{};
             transpose<T>(r);
             for (int l = 0; l < kCount; ++l) {
               const int64_t row = pixel_row(l, h, a), column = at.col[l] + col - to.off_w;
@@ -225,14 +230,17 @@ SIMD_INLINE void unpack(const T* sums, int64_t row_size, const Geometry& g, cons
         int64_t c = 0;
         for (; y.stride_c == 1 && c + kCount <= count; c += kCount) {
           Vec<T> r[kCount];
-          for (int i = 0; i < kCount; ++i) r[i] = simd::load(source + (c + i) * row_size);
+          for (int i = 0; i < kCount; ++i) r[i] = sum_at(source + (c + i) * row_size);
           transpose<T>(r);
           for (int l = 0; l < kCount; ++l)
             if (pixels[l]) simd::store(pixels[l] + channel + c, r[l]);
         }
         for (; c < count; ++c)
           for (int l = 0; l < kCount; ++l)
-            if (pixels[l]) pixels[l][(channel + c) * y.stride_c] = source[c * row_size + l];
+            if (pixels[l]) {
+              const T sum = source[c * row_size + l];
+              pixels[l][(channel + c) * y.stride_c] = sum < to.least ? to.least : sum;
+            }
       }
   }
 }
