@@ -163,14 +163,17 @@ def compress(
         model: any module; never changed. Its nn.Conv2d and nn.Linear layers are candidates.
         example_inputs: one call's inputs (tensor, tuple of arguments or dict), for MACs and milliseconds.
         constraints: upper limits, each "x%" of the dense network or a number: "params" (a sparse entry counts as one),
-            "macs" (of one call on example_inputs), "bytes" (as saved, with the index of S). All must hold.
+            "macs" (of one call on example_inputs), "bytes" (all tensors of the saved file, with the supports of S).
+            All must hold.
         calibration: batches of inputs or (inputs, targets): a few hundred samples steer the allocation by the
             network's own outputs, and batch-norm statistics are recalibrated where that lowers the loss on them.
         evaluate: score of a model, higher is better; reported before and after.
-        search: "allocate" (per-layer error curves, least predicted loss) or "uniform" (one budget for all layers).
+        search: "allocate" (per-layer error curves, least predicted loss) or "uniform" (one budget for all layers; a
+            share of their bytes where "bytes" is the only constraint, of their parameters otherwise).
         sparse_coefficient: of "uniform"; 0.7 if None. "allocate" chooses it per layer.
         filter_fn: (name, module) -> compress this layer?
-        overrides: name -> {"rank", "density"} or {"rank", "nnz"} or {"budget", "sparse_coefficient"} or "dense".
+        overrides: name -> {"rank", "density"} or {"rank", "nnz"} or {"budget", "sparse_coefficient", "budget_unit"} or
+            "dense".
         round_to: ranks are multiples of this.
         min_size: layers with fewer weights stay dense.
         n_iter: passes of the final fit.
@@ -328,13 +331,15 @@ def _layers(model, chosen, overrides, dense: Profile) -> tuple[list[search.Layer
 
 
 def _override_sizes(name: str, entry: Any, layer: search.Layer) -> tuple[int, int]:
-    known = {"rank", "density", "nnz", "budget", "sparse_coefficient"}
+    known = {"rank", "density", "nnz", "budget", "sparse_coefficient", "budget_unit"}
     if not isinstance(entry, dict) or not entry or entry.keys() - known:
         raise ValueError(
             f"compress: overrides[{name!r}] must be 'dense' or a dict of {', '.join(sorted(known))}, got {entry!r}"
         )
     if "budget" in entry:
-        return split_budget(layer.m, layer.n, entry["budget"], entry.get("sparse_coefficient"), layer.groups)
+        unit, element = entry.get("budget_unit", "params"), layer.weight.element_size()
+        coefficient = entry.get("sparse_coefficient")
+        return split_budget(layer.m, layer.n, entry["budget"], coefficient, layer.groups, unit, element)
     rank, nnz = entry.get("rank", 0), entry.get("nnz", round(entry.get("density", 0) * layer.size))
     full = min(layer.m // layer.groups, layer.n)
     if not 0 <= rank <= full or not 0 <= nnz <= layer.size:

@@ -11,16 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import report
+from . import report, support
 from .calibrate import call, device_of, to_device
 from .modules import CMDConv2d, CMDLinear
 
 CMD_LAYERS = (CMDConv2d, CMDLinear)
-
-
-def index_dtype(columns: int) -> torch.dtype:
-    """Type of col_idx in a file: 16 bits where they reach every column."""
-    return torch.uint16 if columns <= 1 << 16 else torch.int32
+SUPPORT = ("row_ptr", "col_idx")  # buffers that files hold in a form of their own, see support.py
 
 
 def kept_parameters(m: int, n: int, groups: int, rank: int, nnz: int) -> int:
@@ -29,9 +25,8 @@ def kept_parameters(m: int, n: int, groups: int, rank: int, nnz: int) -> int:
 
 
 def kept_bytes(m: int, n: int, groups: int, rank: int, nnz: int, element: int) -> int:
-    """Bytes of U, V and S in a file, with the index of S."""
-    index = nnz * index_dtype(n).itemsize + 4 * (m + 1)
-    return kept_parameters(m, n, groups, rank, nnz) * element + index
+    """Bytes of U, V and S in a file, with the support of S; `element` bytes a value."""
+    return kept_parameters(m, n, groups, rank, nnz) * element + support.size(m, n, nnz)
 
 
 def layer_bytes(module: nn.Module) -> int:
@@ -40,10 +35,17 @@ def layer_bytes(module: nn.Module) -> int:
         **module._parameters,
         **{k: b for k, b in module._buffers.items() if k not in module._non_persistent_buffers_set},
     }
-    total = sum(t.numel() * t.element_size() for t in own.values() if t is not None)
     if isinstance(module, CMD_LAYERS):
-        total -= module.nnz * (4 - index_dtype(module.matrix_shape[1]).itemsize)
-    return total
+        own = {name: tensor for name, tensor in own.items() if name not in SUPPORT}
+    return sum(_bytes(tensor) for tensor in own.values() if tensor is not None) + _support_bytes(module)
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _support_bytes(module: nn.Module) -> int:
+    return support.size(*module.matrix_shape, module.nnz) if isinstance(module, CMD_LAYERS) else 0
 
 
 def _macs(module: nn.Module, x: Tensor, y: Tensor) -> int:
@@ -226,9 +228,31 @@ class _Probe:
 
 
 def stored_bytes(model: nn.Module) -> int:
-    """Bytes of all parameters and saved buffers as `save` writes them, shared tensors once."""
-    sharing = sum(p.numel() * p.element_size() for p in model.parameters())
-    separate = sum(
-        p.numel() * p.element_size() for m in model.modules() for p in m._parameters.values() if p is not None
-    )
-    return sum(layer_bytes(module) for module in model.modules()) - (separate - sharing)
+    """Bytes of all tensors in the file that `save` writes: parameters, saved buffers and supports, shared ones once."""
+    tensors, _ = saved_tensors(model)
+    return sum(map(_bytes, tensors.values())) + sum(map(_support_bytes, model.modules()))
+
+
+def saved_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of the state without the supports of S, each memory once, and the other names of shared ones."""
+    separate = {f"{name}.{part}".lstrip(".") for name in compressed_layers(model) for part in SUPPORT}
+    tensors: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    seen: dict[Any, str] = {}
+    for name, value in model.state_dict(keep_vars=True).items():
+        if name in separate or not isinstance(value, Tensor):
+            continue
+        memory = id(value)
+        if value.numel() and not value.is_meta:
+            memory = (value.device, value.data_ptr(), value.shape, value.stride(), value.dtype)
+        if memory in seen:
+            aliases[name] = seen[memory]
+        else:
+            seen[memory], tensors[name] = name, value
+    return tensors, aliases
+
+
+def compressed_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The CMD layers under every name that they have."""
+    named = model.named_modules(remove_duplicate=False)
+    return {name: module for name, module in named if isinstance(module, CMD_LAYERS)}

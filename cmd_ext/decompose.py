@@ -19,9 +19,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from . import dispatch, ops
+from . import dispatch, ops, support
 
 DEFAULT_COEFFICIENT = 0.7  # the best or near-best share of S on real layers once a third of the entries is kept
+BUDGET_UNITS = ("params", "bytes")
 _EXACT_SIDE = 1024  # up to this short side the start is exact: its cost is a few passes
 
 
@@ -63,18 +64,29 @@ class Decomposition:
 
 
 def split_budget(
-    m: int, n: int, budget: float, sparse_coefficient: float | None = None, groups: int = 1
+    m: int,
+    n: int,
+    budget: float,
+    sparse_coefficient: float | None = None,
+    groups: int = 1,
+    unit: str = "params",
+    element: int = 4,
 ) -> tuple[int, int]:
     """(rank, nnz) of a budget, with B = budget * m * n: nnz = floor(c B), rank = floor((1 - c) B / (m + groups * n)).
 
+    In bytes B is budget times the dense bytes; the largest nnz is taken whose values and support (as files hold it) fit
+    into c B, and the largest rank whose factors fit into (1 - c) B. Neither falls when the budget grows.
+
     Args:
         m, n: matrix shape; n per group.
-        budget: kept parameters / (m * n), 0 to 1.
+        budget: kept parameters / (m * n), or kept bytes / dense bytes, 0 to 1.
         sparse_coefficient: c, the share of S, 0 to 1; 0.7 if None.
         groups: row groups with a factor V each.
+        unit: "params" (an entry of S counts as one) or "bytes" (it has its share of the support, too).
+        element: bytes of a value, of which only "bytes" depends.
 
     Raises:
-        ValueError: budget or coefficient outside [0, 1].
+        ValueError: budget or coefficient outside [0, 1], or an unknown unit.
 
     Source: Zhang et al., Machine Learning 2022, the sparse coefficient.
     """
@@ -82,9 +94,13 @@ def split_budget(
     for name, value in (("budget", budget), ("sparse_coefficient", coefficient)):
         if not 0 <= value <= 1:
             raise ValueError(f"decompose: {name} must lie in [0, 1], got {value}")
+    if unit not in BUDGET_UNITS:
+        raise ValueError(f"decompose: budget_unit must be one of {', '.join(BUDGET_UNITS)}, got {unit!r}")
     tiny = 1e-9  # 0.3 * 10 must count as 3
     nnz = int(coefficient * budget * m * n + tiny)
-    rank = int((1 - coefficient) * budget * m * n / (m + groups * n) + tiny)
+    rank = int((1 - coefficient) * budget * m * n / (m + groups * n) + tiny)  # of equal bytes: all are values
+    if unit == "bytes":
+        nnz = support.most_entries(m, n, element, coefficient * budget * m * n * element + tiny)
     return min(rank, m // groups, n), min(nnz, m * n)
 
 
@@ -95,6 +111,7 @@ def decompose(
     nnz: int | None = None,
     budget: float | None = None,
     sparse_coefficient: float | None = None,
+    budget_unit: str = "params",
     n_iter: int = 20,
     tol: float = 1e-5,
     groups: int = 1,
@@ -106,7 +123,10 @@ def decompose(
         weight: [m, n], or a convolution's [m, channels / groups, kernel_h, kernel_w]; float32, float64, bfloat16 or
             float16 (16-bit weights are fitted in float32).
         rank, nnz: sizes of the branches; one that is left out is 0.
-        budget, sparse_coefficient: instead of these, kept parameters / (m * n) and the share of S (see split_budget).
+        budget, sparse_coefficient: instead of these, the kept share of the weight and the share of S in it (see
+            split_budget).
+        budget_unit: what `budget` is a share of: "params" counts an entry of S as one parameter, "bytes" counts what a
+            file holds, with the support of S and in the dtype of `weight`.
         n_iter: passes; 20 is fast, 40 gains another 1-5 % of error.
         tol: stop when a pass of the second half lowers the error by less than this fraction.
         groups: row groups with a low-rank part each (grouped convolution).
@@ -122,7 +142,7 @@ def decompose(
     """
     options = {"n_iter": n_iter, "tol": tol, "groups": groups, "generator": generator}
     sizes = {"rank": rank, "nnz": nnz, "budget": budget, "sparse_coefficient": sparse_coefficient}
-    return decompose_batch([weight], **sizes, **options)[0]
+    return decompose_batch([weight], **sizes, budget_unit=budget_unit, **options)[0]
 
 
 def decompose_batch(
@@ -132,6 +152,7 @@ def decompose_batch(
     nnz: int | None = None,
     budget: float | None = None,
     sparse_coefficient: float | None = None,
+    budget_unit: str = "params",
     n_iter: int = 20,
     tol: float = 1e-5,
     groups: int = 1,
@@ -151,7 +172,7 @@ def decompose_batch(
     results: list[Decomposition | None] = [None] * len(weights)
     for (shape, dtype, device), members in batches.items():
         m, n = shape
-        r, k = _sizes(m, n, groups, rank, nnz, budget, sparse_coefficient)
+        r, k = _sizes(m, n, groups, rank, nnz, budget, sparse_coefficient, budget_unit, dtype.itemsize)
         here = device if device.type == "cuda" and dispatch.has_cuda_kernels() else torch.device("cpu")
         stack = torch.stack([matrix for _, matrix in members]).to(here)
         with torch.no_grad(), torch.autocast(here.type, enabled=False):
@@ -177,15 +198,17 @@ def _as_matrix(weight: Tensor, groups: int) -> Tensor:
     return weight.detach().reshape(weight.shape[0], -1)
 
 
-def _sizes(m, n, groups, rank, nnz, budget, coefficient) -> tuple[int, int]:
+def _sizes(m, n, groups, rank, nnz, budget, coefficient, unit, element) -> tuple[int, int]:
     if budget is not None:
         if rank is not None or nnz is not None:
             raise ValueError("decompose: give (rank, nnz) or (budget, sparse_coefficient), got both")
-        return split_budget(m, n, budget, coefficient, groups)
+        return split_budget(m, n, budget, coefficient, groups, unit, element)
     if rank is None and nnz is None:
         raise ValueError("decompose: give rank and/or nnz, or a budget, got none of them")
     if coefficient is not None:
         raise ValueError("decompose: sparse_coefficient divides a budget, got it without one")
+    if unit != "params":
+        raise ValueError(f"decompose: budget_unit is what a budget counts, got {unit!r} without one")
     rank, nnz = rank or 0, nnz or 0
     full = min(m // groups, n)
     if not 0 <= rank <= full:

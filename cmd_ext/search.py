@@ -286,12 +286,17 @@ def _fill(choice: Choice, curves, fixed, limits) -> Choice:
 def uniform(
     layers: list[Layer], coefficient: float | None, fixed: dict[str, float], limits: dict[str, float], round_to: int = 1
 ) -> Choice:
-    """The same budget and sparse coefficient for every layer: the largest budget that meets the limits."""
+    """The same budget and sparse coefficient for every layer: the largest budget that meets the limits.
+
+    The budget is a share of each layer's bytes where only bytes are limited, else of its parameters.
+    """
+    unit = "bytes" if limits.keys() == {"bytes"} else "params"
 
     def at(budget: float) -> Choice:
         choice = {}
         for layer in layers:
-            rank, nnz = split_budget(layer.m, layer.n, budget, coefficient, layer.groups)
+            element = layer.weight.element_size()
+            rank, nnz = split_budget(layer.m, layer.n, budget, coefficient, layer.groups, unit, element)
             rank -= rank % round_to
             if rank + nnz == 0:
                 nnz = 1

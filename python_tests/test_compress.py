@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 import cmd_ext
@@ -115,6 +116,46 @@ def test_several_constraints_hold_together(net):
     for kind, share in limits.items():
         dense, kept = getattr(stats, kind)
         assert kept <= float(share[:-1]) / 100 * dense
+
+
+@pytest.mark.parametrize("search", ["uniform", "allocate"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_constraint_on_bytes_is_met_by_the_file(net, tmp_path, search, dtype):
+    net.to(dtype)
+    path, dense_path = tmp_path / "x.safetensors", tmp_path / "dense.safetensors"
+    x = next(batches())[0].to(dtype)
+    result = cmd_ext.compress(net, x, constraints={"bytes": "55%"}, search=search, progress=False)
+    dense, kept = result.stats.bytes
+    cmd_ext.save(result.model, path)
+    cmd_ext.save(net, dense_path)
+    assert result.plan.layers
+    assert (tensor_bytes(dense_path), tensor_bytes(path)) == (dense, kept)
+    assert 0.5 * dense < kept <= 0.55 * dense
+    header = 8 + int.from_bytes(path.read_bytes()[:8], "little")  # the length of the JSON, and the JSON
+    assert path.stat().st_size == kept + header
+    tensors = len(load_file(path))
+    assert header < 512 + 256 * tensors
+
+
+def tensor_bytes(path) -> int:
+    return sum(t.numel() * t.element_size() for t in load_file(path).values())
+
+
+def test_a_uniform_share_of_bytes_is_one_of_every_layer(net):
+    options = {"search": "uniform", "sparse_coefficient": 1.0, "progress": False}
+    stats = cmd_ext.compress(net, next(batches())[0], constraints={"bytes": "70%"}, **options).stats
+    rows = [row for row in stats.layers if row.rank is not None]
+    shares = [(row.bytes[1] - 4 * int(row.shape.split("x")[0])) / (4 * math.prod(map(int, row.shape.split("x"))))
+              for row in rows]  # fmt: skip
+    assert len(shares) >= 3
+    assert max(shares) - min(shares) < 0.005
+
+
+def test_overrides_may_count_bytes(net):
+    overrides = {"body": {"budget": 0.5, "sparse_coefficient": 1.0, "budget_unit": "bytes"}}
+    options = {"constraints": {"params": "85%"}, "overrides": overrides, "progress": False}
+    layer = cmd_ext.compress(net, next(batches())[0], **options).plan.layers["body"]
+    assert (layer["rank"], layer["nnz"]) == (0, (4 * 32 * 72 // 2 - 32 * 72 // 8) // 4)
 
 
 def test_round_to(net):
@@ -323,7 +364,7 @@ def test_profile_counts_what_can_be_counted_by_hand():
     layer = CMDConv2d(8, 32, 3, rank=2, density=0.25)
     row = next(iter(cmd_ext.profile(layer, torch.randn(2, 8, 5, 5), repeats=1)))
     assert row.macs == 2 * 9 * (2 * (32 + 72) + 576)
-    assert row.bytes == 4 * (2 * (32 + 72) + 576 + 32) + 2 * 576 + 4 * 33
+    assert row.bytes == 4 * (2 * (32 + 72) + 576 + 32) + 32 * 72 // 8  # S: a bitmap
     assert "32x72" in str(profile)
 
 

@@ -5,8 +5,10 @@ from itertools import pairwise
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from cmd_ext import decompose, decompose_batch, ref
+from cmd_ext import CMDConv2d, decompose, decompose_batch, ref, save
+from cmd_ext.cost import kept_bytes
 from cmd_ext.decompose import split_budget
 
 
@@ -151,6 +153,13 @@ def test_works_under_autocast_without_gradients_and_in_half():
         (torch.ones(4, 6), {"rank": 1, "sparse_coefficient": 0.5}, ValueError, "sparse_coefficient divides a budget"),
         (torch.ones(4, 6), {"rank": 1, "budget": 0.5}, ValueError, "got both"),
         (torch.ones(4, 6), {}, ValueError, "got none of them"),
+        (
+            torch.ones(4, 6),
+            {"budget": 0.5, "budget_unit": "words"},
+            ValueError,
+            "budget_unit must be one of params, bytes, got 'words'",
+        ),
+        (torch.ones(4, 6), {"rank": 1, "budget_unit": "bytes"}, ValueError, "got 'bytes' without one"),
         (torch.ones(4, 6), {"rank": 1, "n_iter": 0}, ValueError, "n_iter must be >= 1, got 0"),
         (torch.ones(4, 6), {"rank": 1, "groups": 3}, ValueError, "groups must divide the 4 rows, got 3"),
         (torch.ones(4), {"rank": 1}, ValueError, r"weight must be a non-empty \[m, n\].*got \[4\]"),
@@ -175,3 +184,37 @@ def test_split_budget_counts_exactly():
     assert split_budget(10, 10, 0.4, 0.0) == (2, 0)
     assert split_budget(8, 18, 1.0, 0.0, groups=8) == (0, 0)  # a depthwise kernel has no room for a factor
     assert split_budget(4, 100, 1.0, 0.0)[0] == 3
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "groups"), [(1, 1, 1), (1, 9, 1), (9, 1, 1), (6, 10, 1), (6, 10, 3), (5, 300, 1), (40, 12, 2)]
+)
+@pytest.mark.parametrize("element", [2, 4, 8])
+@pytest.mark.parametrize("coefficient", [0.0, 0.4, 0.7, 1.0])
+def test_a_budget_in_bytes_is_used_up_and_grows_monotonically(m, n, groups, element, coefficient):
+    last = 0, 0
+    for step in range(41):
+        budget = step / 40
+        limit = budget * m * n * element
+        rank, nnz = split_budget(m, n, budget, coefficient, groups, "bytes", element)
+        fits = [k for k in range(m * n + 1) if kept_bytes(m, n, groups, 0, k, element) <= coefficient * limit + 1e-6]
+        ranks = range(min(m // groups, n) + 1)
+        fit = [r for r in ranks if kept_bytes(m, n, groups, r, 0, element) <= (1 - coefficient) * limit + 1e-6]
+        assert (rank, nnz) == (max(fit), max(fits))
+        assert kept_bytes(m, n, groups, rank, nnz, element) <= limit + 1e-6
+        assert rank >= last[0]
+        assert nnz >= last[1]
+        last = rank, nnz
+    assert coefficient < 1 or nnz == m * n
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_decompose_keeps_a_share_of_the_bytes_of_its_dtype(dtype, tmp_path):
+    conv = torch.nn.Conv2d(16, 24, 3, groups=2, bias=False).to(dtype)
+    layer = CMDConv2d.from_dense(conv, budget=0.5, budget_unit="bytes")
+    save(layer, tmp_path / "x.safetensors")
+    stored = sum(t.numel() * t.element_size() for t in load_file(tmp_path / "x.safetensors").values())
+    assert 0.4 * conv.weight.nbytes < stored <= 0.5 * conv.weight.nbytes
+    sizes = split_budget(24, 72, 0.5, None, 2, "bytes", dtype.itemsize)
+    assert (layer.rank, layer.nnz) == sizes
+    assert layer.nnz < decompose(conv.weight, budget=0.5, groups=2).nnz

@@ -58,7 +58,73 @@ def test_loads_into_dense_and_compressed_models_in_place(compressed, saved):
 def test_the_file_has_the_reported_size(compressed, saved):
     tensors = load_file(saved)
     assert sum(t.numel() * t.element_size() for t in tensors.values()) == stored_bytes(compressed)
-    assert tensors["layer3.0.conv2.col_idx"].dtype == torch.uint16
+    assert "num_batches_tracked" in " ".join(tensors)  # buffers are part of the file and of the count
+    assert tensors["layer3.0.conv2.bitmap"].shape == (64 * 576 // 8,)
+    assert "layer3.0.conv2.row_ptr" not in tensors
+
+
+def test_every_form_is_read_back_and_counted(tmp_path):
+    path = tmp_path / "x.safetensors"
+    forms = {0.0: [], 0.02: ["col_idx", "row_counts"], 0.5: ["bitmap"], 1.0: []}
+    for density, names in forms.items():
+        for rank in (0, 2):
+            layer = CMDConv2d(32, 24, 3, groups=2, rank=rank, density=density).half()
+            cmd_ext.save(layer, path)
+            tensors = load_file(path)
+            assert sorted(tensors) == sorted(["u", "v", "values", "bias", *names])
+            assert sum(t.nbytes for t in tensors.values()) == stored_bytes(layer)
+            assert 8 + int.from_bytes(path.read_bytes()[:8], "little") + stored_bytes(layer) == path.stat().st_size
+            fresh = cmd_ext.load(path, nn.Conv2d(32, 24, 3, groups=2).half())
+            assert all(torch.equal(a, b) for a, b in zip(fresh.pattern, layer.pattern, strict=True))
+            assert torch.equal(fresh.dense_weight(), layer.dense_weight())
+
+
+def test_a_layer_with_several_names_is_stored_once_and_stays_one(tmp_path):
+    def twice(layer):
+        return nn.Sequential(layer, nn.ReLU(), layer)
+
+    path, model = tmp_path / "x.safetensors", twice(CMDLinear(64, 64, rank=3, density=0.02))
+    cmd_ext.save(model, path)
+    assert sum(t.nbytes for t in load_file(path).values()) == stored_bytes(model) == stored_bytes(model[0])
+    for fresh in (twice(nn.Linear(64, 64)), twice(CMDLinear(64, 64, rank=0, density=0.5))):
+        cmd_ext.load(path, fresh)
+        assert fresh[0] is fresh[2]
+        x = torch.randn(2, 64)
+        assert torch.equal(fresh(x), model(x))
+    model[2] = CMDLinear(64, 64, rank=2, density=0.03)
+    cmd_ext.save(model, path)
+    fresh = cmd_ext.load(path, twice(nn.Linear(64, 64)))
+    assert torch.equal(fresh(x), model(x))
+
+
+def test_shared_memory_is_counted_once(tmp_path):
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.BatchNorm1d(8), nn.BatchNorm1d(8))
+    model[1].weight = nn.Parameter(model[0].weight.data)  # not the same parameter
+    model[3].running_mean = model[2].running_mean
+    cmd_ext.save(model, tmp_path / "x.safetensors")
+    stored = sum(t.nbytes for t in load_file(tmp_path / "x.safetensors").values())
+    assert stored == stored_bytes(model) == 4 * (64 + 2 * 8 + 2 * 16 + 8 + 2 * 8) + 2 * 8
+    with torch.device("meta"):
+        assert stored_bytes(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))) == 4 * 2 * 72
+
+
+def write_version_1(model, path):
+    """The file as version 1 of the format had it."""
+    tensors, layers = {key: value.clone() for key, value in model.state_dict().items()}, {}
+    for name, module in model.named_modules():
+        if isinstance(module, (CMDConv2d, CMDLinear)):
+            kind = "conv2d" if isinstance(module, CMDConv2d) else "linear"
+            layers[name] = {"kind": kind, "shape": list(module.matrix_shape), "groups": module.groups}
+            key = f"{name}.col_idx".lstrip(".")
+            tensors[key] = tensors[key].to(torch.uint16 if module.matrix_shape[1] <= 1 << 16 else torch.int32)
+    save_file(tensors, path, {"cmd_ext": json.dumps({"version": 1, "layers": layers, "aliases": {}})})
+
+
+def test_files_of_version_1_are_read(compressed, tmp_path):
+    write_version_1(compressed, tmp_path / "x.safetensors")
+    fresh = cmd_ext.load(tmp_path / "x.safetensors", models.create("resnet56")).eval()
+    x = torch.randn(2, 3, 32, 32)
+    assert torch.equal(fresh(x), compressed(x))
 
 
 def test_dtypes_ties_and_single_layers(tmp_path):
@@ -123,6 +189,12 @@ def rewrite(path, change_tensors=lambda t: None, change_content=lambda c: None):
     save_file(tensors, path, {"cmd_ext": json.dumps(content)})
 
 
+def rewrite_layer(path, **changes):
+    rewrite(path, change_content=lambda c: c["layers"]["layer1.0.conv1"].update(changes))
+
+
+DAMAGED = r"layer 'layer1.0.conv1' in .* is damaged \("
+
 DAMAGES = {
     "truncated": (lambda p: p.write_bytes(p.read_bytes()[:1000]), "no complete safetensors file"),
     "empty": (lambda p: p.write_bytes(b""), "no complete safetensors file"),
@@ -130,18 +202,39 @@ DAMAGES = {
     "foreign": (lambda p: save_file({"a": torch.ones(2)}, p), "was not written by cmd_ext.save"),
     "version": (
         lambda p: rewrite(p, change_content=lambda c: c.update(version=9)),
-        "format version 9, this cmd_ext reads 1",
+        "format version 9, this cmd_ext reads 1 to 2",
     ),
     "structure": (lambda p: rewrite(p, change_content=lambda c: c.update(layers=3)), "structure in .* is damaged"),
-    "support": (
-        lambda p: rewrite(p, lambda t: t["layer1.0.conv1.col_idx"].fill_(60000)),
-        r"layer 'layer1.0.conv1' in .* is damaged \(CSR: col_idx must lie in \[0, 144\)",
+    "kind": (lambda p: rewrite_layer(p, kind="conv3d"), "structure in .* is damaged .*kind 'conv3d'"),
+    "sizes": (lambda p: rewrite_layer(p, shape=[16]), r"structure in .* is damaged .*shape \[16\] with groups 1"),
+    "form": (lambda p: rewrite_layer(p, support="hash"), DAMAGED + "support must be one of none, columns, bitmap"),
+    "no support": (lambda p: rewrite_layer(p, support="none"), DAMAGED + r"values must be \[0\] or \[2304\]"),
+    "wrong support": (lambda p: rewrite_layer(p, support="columns"), DAMAGED + "no tensor 'layer1.0.conv1.col_idx'"),
+    "popcount": (
+        lambda p: rewrite(p, lambda t: t["layer1.0.conv1.bitmap"].fill_(255)),
+        DAMAGED + r"bitmap must have \d+ entries as values has, got 2304",
+    ),
+    "bitmap's size": (
+        lambda p: rewrite(p, lambda t: t.update({"layer1.0.conv1.bitmap": torch.zeros(287, dtype=torch.uint8)})),
+        DAMAGED + r"bitmap must be \[288\] of uint8, got \[287\]",
+    ),
+    "factors": (
+        lambda p: rewrite(p, lambda t: t.update({"layer1.0.conv1.u": torch.ones(15, 1)})),
+        DAMAGED + r"u and v must be \[16, r\] and \[1 \* r, 144\], got \[15, 1\]",
+    ),
+    "values": (
+        lambda p: rewrite(p, lambda t: t.update({"layer1.0.conv1.values": torch.ones(645, dtype=torch.int32)})),
+        DAMAGED + "values must have 1 dimensions of floats",
     ),
     "missing": (lambda p: rewrite(p, lambda t: t.pop("bn1.weight")), r"not of this model \(missing: bn1.weight\)"),
     "extra": (lambda p: rewrite(p, lambda t: t.update(x=torch.ones(1))), r"not of this model \(unexpected: x\)"),
     "shape": (
         lambda p: rewrite(p, lambda t: t.update({"linear.bias": torch.ones(11)})),
         r"not of this model \(of another shape: linear.bias\)",
+    ),
+    "integers": (
+        lambda p: rewrite(p, lambda t: t.update({"linear.bias": torch.ones(10, dtype=torch.int32)})),
+        r"not of this model \(of other numbers: linear.bias\)",
     ),
 }
 
@@ -165,3 +258,28 @@ def test_another_class_and_a_missing_file(saved, tmp_path):
         cmd_ext.load(saved, models.create("resnet18"))
     with pytest.raises(FileNotFoundError, match="load: no file"):
         cmd_ext.load(tmp_path / "none.safetensors", nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("col_idx", lambda t: t.fill_(200), r"col_idx must lie in \[0, 144\), got 200 to 200"),
+        ("col_idx", lambda t: t.flip(0), "col_idx must ascend strictly"),
+        ("col_idx", lambda t: t[:-1], r"col_idx must be \[100\] of uint8 or .*, got \[99\] of torch.uint8"),
+        ("col_idx", lambda t: t.float(), r"col_idx must be \[100\] of .*got \[100\] of torch.float32"),
+        ("row_counts", lambda t: t + 1, "row_counts must have 100 entries as values has, got 132"),
+        ("row_counts", lambda t: t.int() - 50, r"row_counts must lie in \[0, 144\], got -"),
+        ("row_counts", lambda t: t[None], r"row_counts must be \[32\] of .*got \[1, 32\]"),
+    ],
+)
+def test_damaged_columns_are_named_and_the_model_stays_as_it_was(tmp_path, name, change, message):
+    path, net = tmp_path / "x.safetensors", nn.Sequential(nn.Conv2d(16, 32, 3))
+    layer = CMDConv2d(16, 32, 3, rank=1, density=100 / (32 * 144))
+    cmd_ext.save(nn.Sequential(layer), path)
+    rewrite(path, lambda t: t.update({f"0.{name}": change(t[f"0.{name}"]).contiguous()}))
+    before = net[0].weight.clone()
+    with pytest.raises(ValueError, match="^load: layer '0' in .* is damaged .*" + message) as caught:
+        cmd_ext.load(path, net)
+    assert "\n" not in str(caught.value)
+    assert type(net[0]) is nn.Conv2d
+    assert torch.equal(net[0].weight, before)
