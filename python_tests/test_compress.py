@@ -12,7 +12,7 @@ from torch import nn
 import cmd_ext
 from cmd_ext import CMDConv2d, CMDLinear, Plan, UnsatisfiableError, data, models
 from cmd_ext.calibrate import accuracy, recalibrate_if_better
-from cmd_ext.search import Candidate, allocate, total_costs
+from cmd_ext.search import Candidate, Layer, allocate, total_costs, uniform
 
 
 class Net(nn.Module):
@@ -141,14 +141,15 @@ def tensor_bytes(path) -> int:
     return sum(t.numel() * t.element_size() for t in load_file(path).values())
 
 
-def test_a_uniform_share_of_bytes_is_one_of_every_layer(net):
-    options = {"search": "uniform", "sparse_coefficient": 1.0, "progress": False}
-    stats = cmd_ext.compress(net, next(batches())[0], constraints={"bytes": "70%"}, **options).stats
-    rows = [row for row in stats.layers if row.rank is not None]
-    shares = [(row.bytes[1] - 4 * int(row.shape.split("x")[0])) / (4 * math.prod(map(int, row.shape.split("x"))))
-              for row in rows]  # fmt: skip
-    assert len(shares) >= 3
-    assert max(shares) - min(shares) < 0.005
+def test_a_uniform_share_of_bytes_is_one_of_every_layer():
+    layers = [Layer(f"{n}", torch.empty(64, n), 64, n, 1, 1) for n in (64, 2048)]
+    dense = {layer.name: layer.costs(None, None) for layer in layers}
+    nothing = dict.fromkeys(("params", "macs", "bytes"), 0.0)
+    for kind, same in (("bytes", True), ("params", False)):
+        limits = {kind: 0.1 * sum(costs[kind] for costs in dense.values())}
+        choice = uniform(layers, 1.0, nothing, limits)
+        a, b = (choice[name].costs["bytes"] / dense[name]["bytes"] for name in dense)
+        assert (abs(a - b) < 0.001) is same
 
 
 def test_overrides_may_count_bytes(net):
