@@ -42,8 +42,8 @@ def save(model: nn.Module, path: str | os.PathLike) -> None:
         ValueError: the network was fused for inference, so that no fresh model could load it.
     """
     model = _unwrapped(model)
-    for name, module in model.named_modules():
-        if isinstance(module, CMD_LAYERS) and module.activation is not None:
+    for name, layer in compressed_layers(model).items():
+        if layer.activation is not None:
             raise ValueError(f"save: layer {name!r} must not be fused with a ReLU; save the network before fuse()")
     path = Path(path)
     tensors, layers, aliases = _content(model)
