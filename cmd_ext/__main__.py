@@ -58,6 +58,7 @@ def _parser() -> argparse.ArgumentParser:
         "--constraint", action="append", required=True, metavar="KIND=VALUE", help="e.g. params=30%%; may be repeated"
     )
     sub.add_argument("--search", default="allocate", help="allocate or uniform")
+    sub.add_argument("--form", default="auto", help="of k x k convolutions: auto, channel or spatial")
     sub.add_argument("--sparse-coefficient", type=float, help="share of S in the budget, for uniform")
     sub.add_argument("--calibration", type=int, default=512, help="training images that steer the allocation")
     sub.add_argument("--finetune-epochs", type=int, default=0)
@@ -139,6 +140,7 @@ def _compress(args: argparse.Namespace) -> None:
         evaluate=evaluate,
         search=args.search,
         sparse_coefficient=args.sparse_coefficient,
+        form=args.form,
         seed=args.seed,
     )
     lines = [str(result.stats)]

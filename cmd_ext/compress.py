@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import report, search
+from . import forms, report, search
 from .calibrate import batches_of, divergence, outputs, recalibrate_if_better
 from .cost import CMD_LAYERS, Profile, profile_together
-from .decompose import decompose, split_budget
+from .decompose import decompose
 from .modules import CMDConv2d, CMDLinear, replace
 
-PLAN_VERSION = 1
+PLAN_VERSION = 2  # 1 knows the channel form only and is written where that is enough
 CONSTRAINTS = ("params", "macs", "bytes")
 SEARCHES = ("allocate", "uniform")
 MIN_SIZE = 1024  # weights below which a layer is left alone: nothing to gain
@@ -30,7 +30,7 @@ class Plan:
     """What each layer becomes: enough to compress a fresh copy of the same trained network again.
 
     Attributes:
-        layers: name -> {"rank", "nnz", "shape": [m, n], "groups"}.
+        layers: name -> {"rank", "nnz", "shape": [m, n], "groups"}, and "form" where it is not "channel".
         skipped: name -> why the layer stays dense.
         n_iter: passes of the fit.
     """
@@ -40,7 +40,8 @@ class Plan:
     n_iter: int = 20
 
     def to_json(self) -> str:
-        content = {"cmd_ext_plan": PLAN_VERSION, "n_iter": self.n_iter, "layers": self.layers, "skipped": self.skipped}
+        version = 2 if any("form" in entry for entry in self.layers.values()) else 1
+        content = {"cmd_ext_plan": version, "n_iter": self.n_iter, "layers": self.layers, "skipped": self.skipped}
         return json.dumps(content, indent=2)
 
     @classmethod
@@ -48,12 +49,12 @@ class Plan:
         """Reads what to_json wrote.
 
         Raises:
-            ValueError: not a plan of this version.
+            ValueError: not a plan of a version that this one reads, or an unknown form.
         """
         try:
             content = json.loads(text)
-            if content["cmd_ext_plan"] != PLAN_VERSION:
-                raise ValueError(f"Plan: want version {PLAN_VERSION}, got {content['cmd_ext_plan']!r}")
+            if content["cmd_ext_plan"] not in range(1, PLAN_VERSION + 1):
+                raise ValueError(f"Plan: want version 1 to {PLAN_VERSION}, got {content['cmd_ext_plan']!r}")
             layers = {
                 str(name): {
                     "rank": int(entry["rank"]),
@@ -63,6 +64,11 @@ class Plan:
                 }
                 for name, entry in content["layers"].items()
             }
+            for name, entry in content["layers"].items():
+                if "form" in entry:
+                    layers[name]["form"] = entry["form"]
+                    if entry["form"] not in forms.FORMS:
+                        raise ValueError(f"Plan: want a form {' or '.join(forms.FORMS)}, got {entry['form']!r}")
             return cls(layers, dict(content["skipped"]), int(content["n_iter"]))
         except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"Plan: want the JSON of Plan.to_json, got {text[:40]!r}... ({error!r})") from None
@@ -153,6 +159,7 @@ def compress(
     overrides: dict[str, dict | str] | None = None,
     round_to: int = 1,
     min_size: int = MIN_SIZE,
+    form: str = "auto",
     n_iter: int = 20,
     seed: int = 0,
     progress: bool = True,
@@ -173,9 +180,11 @@ def compress(
         sparse_coefficient: of "uniform"; 0.7 if None. "allocate" chooses it per layer.
         filter_fn: (name, module) -> compress this layer?
         overrides: name -> {"rank", "density"} or {"rank", "nnz"} or {"budget", "sparse_coefficient", "budget_unit"} or
-            "dense".
+            "dense"; beside these a "form", "channel" if there is none.
         round_to: ranks are multiples of this.
         min_size: layers with fewer weights stay dense.
+        form: of the low-rank branch of k x k convolutions: "channel", "spatial" (1 x k, then k x 1), or "auto": for
+            "allocate" the better one of each layer under the constraints, for "uniform" "channel".
         n_iter: passes of the final fit.
         seed: of the calibration-free random choices; the result is reproducible.
         progress: show a bar (with tqdm) or lines.
@@ -185,12 +194,14 @@ def compress(
 
     Raises:
         UnsatisfiableError: a constraint that cannot be met; its `closest` is the nearest reachable value.
-        ValueError: an unknown constraint, search or layer name, or a value out of range.
+        ValueError: an unknown constraint, search, form or layer name, or a value out of range.
 
     Source: Zhang et al., Machine Learning 2022; allocation by a Lagrangian on measured loss curves.
     """
     if search not in SEARCHES:
         raise ValueError(f"compress: search must be one of {', '.join(SEARCHES)}, got {search!r}")
+    if form not in ("auto", *forms.FORMS):
+        raise ValueError(f"compress: form must be one of auto, {', '.join(forms.FORMS)}, got {form!r}")
     if round_to < 1:
         raise ValueError(f"compress: round_to must be >= 1, got {round_to}")
     torch_rng = torch.random.get_rng_state()
@@ -203,7 +214,9 @@ def compress(
         dense_profile = profile_together([compressed], example_inputs, repeats=1)[0]
         limits = _limits(constraints, dense_profile)
         reference = outputs(compressed, batches)
-        layers, pinned = _layers(compressed, chosen, overrides, dense_profile)
+        if form == "auto" and search == "uniform":
+            form = "channel"
+        layers, pinned = _layers(compressed, chosen, overrides, dense_profile, form)
         choice, trade_off = _search(
             search,
             compressed,
@@ -317,37 +330,43 @@ def _limits(constraints: dict[str, str | float], dense: Profile) -> dict[str, fl
     return limits
 
 
-def _layers(model, chosen, overrides, dense: Profile) -> tuple[list[search.Layer], dict[str, tuple[int, int]]]:
-    """The layers to decide, all of `chosen`, and (rank, nnz) of those that overrides decide."""
+def _layers(
+    model, chosen, overrides, dense: Profile, form: str
+) -> tuple[list[search.Layer], dict[str, tuple[int, int, str]]]:
+    """The layers to decide, all of `chosen`, and (rank, nnz, form) of those that overrides decide."""
     layers, pinned = [], {}
     for name in chosen:
         module = model.get_submodule(name)
         weight, groups = module.weight, getattr(module, "groups", 1)
         row = dense[name or type(model).__name__]
-        layers.append(search.Layer(name, weight, len(weight), weight[0].numel(), groups, row.positions))
+        kinds = forms.FORMS if form == "auto" else (form,)
+        kinds = kinds if forms.has_two_forms(weight.shape[2:]) else ("channel",)
+        sizes = len(weight), weight[0].numel(), groups, row.positions
+        layers.append(search.Layer(name, weight, *sizes, kinds, row.between))
         if name in overrides:
             pinned[name] = _override_sizes(name, overrides[name], layers[-1])
     return layers, pinned
 
 
-def _override_sizes(name: str, entry: Any, layer: search.Layer) -> tuple[int, int]:
-    known = {"rank", "density", "nnz", "budget", "sparse_coefficient", "budget_unit"}
-    if not isinstance(entry, dict) or not entry or entry.keys() - known:
+def _override_sizes(name: str, entry: Any, layer: search.Layer) -> tuple[int, int, str]:
+    known = {"rank", "density", "nnz", "budget", "sparse_coefficient", "budget_unit", "form"}
+    if not isinstance(entry, dict) or not entry.keys() - {"form"} or entry.keys() - known:
         raise ValueError(
             f"compress: overrides[{name!r}] must be 'dense' or a dict of {', '.join(sorted(known))}, got {entry!r}"
         )
+    form = entry.get("form", "channel")
+    forms.check_form(f"compress: overrides[{name!r}]", form, layer.weight.shape[2:])
     if "budget" in entry:
-        unit, element = entry.get("budget_unit", "params"), layer.weight.element_size()
-        coefficient = entry.get("sparse_coefficient")
-        return split_budget(layer.m, layer.n, entry["budget"], coefficient, layer.groups, unit, element)
+        unit = entry.get("budget_unit", "params")
+        return *layer.split(entry["budget"], entry.get("sparse_coefficient"), form, unit), form
     rank, nnz = entry.get("rank", 0), entry.get("nnz", round(entry.get("density", 0) * layer.size))
-    full = min(layer.m // layer.groups, layer.n)
+    full = min(layer.factored(form).shape[1:])
     if not 0 <= rank <= full or not 0 <= nnz <= layer.size:
         raise ValueError(
             f"compress: overrides[{name!r}] wants rank in [0, {full}] and nnz in [0, {layer.size}], "
             f"got rank {rank}, nnz {nnz}"
         )
-    return rank, nnz
+    return rank, nnz, form
 
 
 def _search(
@@ -392,13 +411,15 @@ def _plan(layers, pinned, choice, skipped, n_iter) -> Plan:
     plan = Plan({}, dict(skipped), n_iter)
     for layer in layers:
         if layer.name in pinned:
-            rank, nnz = pinned[layer.name]
+            rank, nnz, form = pinned[layer.name]
         else:
-            rank, nnz = choice[layer.name].rank, choice[layer.name].nnz
+            rank, nnz, form = choice[layer.name].rank, choice[layer.name].nnz, choice[layer.name].form
         if rank is None:
             plan.skipped[layer.name] = f"{layer.m}x{layer.n} would not pay: dense is the better use of the budget"
         else:
             plan.layers[layer.name] = {"rank": rank, "nnz": nnz, "shape": [layer.m, layer.n], "groups": layer.groups}
+            if form != "channel" and rank > 0:
+                plan.layers[layer.name]["form"] = form
     return plan
 
 
@@ -419,6 +440,7 @@ def apply_plan(fresh_model: nn.Module, plan: Plan, *, progress: bool = False) ->
         if type(module) in _LAYER_OF:
             shape, groups = [len(module.weight), module.weight[0].numel()], getattr(module, "groups", 1)
             if (shape, groups) == (entry["shape"], entry["groups"]):
+                forms.check_form(f"apply_plan: {name!r}", entry.get("form", "channel"), module.weight.shape[2:])
                 continue
             got += f" {shape} with {groups} groups"
         wanted = f"a convolution or linear layer {name!r} {entry['shape']} with {entry['groups']} groups"
@@ -426,9 +448,8 @@ def apply_plan(fresh_model: nn.Module, plan: Plan, *, progress: bool = False) ->
     with _Bar(len(plan.layers), "decompose", progress) as bar:
         for name, entry in plan.layers.items():
             dense = modules[name]
-            fit = decompose(
-                dense.weight, rank=entry["rank"], nnz=entry["nnz"], n_iter=plan.n_iter, groups=entry["groups"]
-            )
+            sizes = {"rank": entry["rank"], "nnz": entry["nnz"], "groups": entry["groups"]}
+            fit = decompose(dense.weight, n_iter=plan.n_iter, form=entry.get("form", "channel"), **sizes)
             fresh_model = replace(fresh_model, name, _LAYER_OF[type(dense)]._from_fit(dense, fit))
             bar.step()
     return fresh_model
@@ -450,7 +471,7 @@ def _stats(before: Profile, after: Profile, plan: Plan, scores, recalibration) -
             continue  # normalisations and the like: in the totals only
         pairs = {kind: (getattr(old, kind), getattr(new, kind)) for kind in ("params", "bytes", "macs", "ms")}
         note = plan.skipped.get(old.name, "")
-        rows.append(LayerStats(old.name, old.shape, new.rank, new.nnz, *pairs.values(), note))
+        rows.append(LayerStats(old.name, new.shape, new.rank, new.nnz, *pairs.values(), note))
     totals = [(getattr(before.total, kind), getattr(after.total, kind)) for kind in ("params", "bytes", "macs", "ms")]
     return Stats(rows, plan.skipped, *totals, tuple(scores), recalibration)
 

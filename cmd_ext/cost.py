@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import report, support
+from . import forms, report, support
 from .calibrate import call, device_of, to_device
 from .modules import CMDConv2d, CMDLinear
 
@@ -19,14 +19,21 @@ CMD_LAYERS = (CMDConv2d, CMDLinear)
 SUPPORT = ("row_ptr", "col_idx")  # buffers that files hold in a form of their own, see support.py
 
 
-def kept_parameters(m: int, n: int, groups: int, rank: int, nnz: int) -> int:
-    """rank * (m + groups * n) + nnz; a sparse entry counts as one."""
-    return rank * (m + groups * n) + nnz
+def kept_parameters(m: int, n: int, groups: int, rank: int, nnz: int, taps: int = 1) -> int:
+    """rank * (m * taps + groups * n / taps) + nnz; a sparse entry counts as one. taps: kernel_h in the spatial form."""
+    return rank * (m * taps + groups * n // taps) + nnz
 
 
-def kept_bytes(m: int, n: int, groups: int, rank: int, nnz: int, element: int) -> int:
+def kept_bytes(m: int, n: int, groups: int, rank: int, nnz: int, element: int, taps: int = 1) -> int:
     """Bytes of U, V and S in a file, with the support of S; `element` bytes a value."""
-    return kept_parameters(m, n, groups, rank, nnz) * element + support.size(m, n, nnz)
+    return kept_parameters(m, n, groups, rank, nnz, taps) * element + support.size(m, n, nnz)
+
+
+def kept_macs(m: int, n: int, groups: int, rank: int, nnz: int, positions: int, taps: int = 1, between: int = 0) -> int:
+    """Multiply-adds at `positions` pixels of y; in the spatial form V has `between` pixels."""
+    if taps == 1:
+        return positions * kept_parameters(m, n, groups, rank, nnz)
+    return positions * (rank * m * taps + nnz) + between * rank * groups * (n // taps)
 
 
 def layer_bytes(module: nn.Module) -> int:
@@ -51,7 +58,8 @@ def _support_bytes(module: nn.Module) -> int:
 def _macs(module: nn.Module, x: Tensor, y: Tensor) -> int:
     if isinstance(module, CMD_LAYERS):
         m, n = module.matrix_shape
-        return y.numel() // max(m, 1) * kept_parameters(m, n, module.groups, module.rank, module.nnz)
+        sizes = m, n, module.groups, module.rank, module.nnz, y.numel() // max(m, 1)
+        return kept_macs(*sizes, module._taps, _between(module, x, y) if module._taps > 1 else 0)
     if isinstance(module, nn.modules.conv._ConvTransposeNd):
         return x.numel() * module.weight[0].numel()
     if isinstance(module, (nn.modules.conv._ConvNd, nn.Linear)):
@@ -59,9 +67,16 @@ def _macs(module: nn.Module, x: Tensor, y: Tensor) -> int:
     return 0
 
 
+def _between(conv: nn.Conv2d | CMDConv2d, x: Tensor, y: Tensor) -> int:
+    """Pixels of a map with the rows of x, padded ahead of the convolution or not, and the columns of y."""
+    pad = forms.padding_ahead(conv) if isinstance(conv, nn.Conv2d) else conv._pad
+    batch, (rows, columns) = x.shape[:-3].numel(), (x.shape[-2], y.shape[-1])
+    return batch * (rows + (pad[2] + pad[3] if pad else 0)) * columns
+
+
 def _shape(module: nn.Module) -> str:
     if isinstance(module, CMD_LAYERS):
-        return "x".join(map(str, module.matrix_shape))
+        return "x".join(map(str, module.matrix_shape)) + (" spatial" if module._taps > 1 else "")
     weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor):
         return "-"
@@ -82,6 +97,7 @@ class LayerCost:
     macs: int
     ms: float | None
     positions: int = field(default=0, repr=False)  # multiply-accumulates per weight
+    between: int = field(default=0, repr=False)  # of V, in the spatial form
 
 
 @dataclass
@@ -152,6 +168,7 @@ class _Probe:
         self.times: list[dict[nn.Module, float]] = []
         self.total: list[float] = []
         self.macs: dict[nn.Module, int] = {}
+        self.between: dict[nn.Module, int] = {}
         self.started: dict[nn.Module, float] = {}
         self.layers = {
             m: name for name, m in model.named_modules() if any(p is not None for p in m._parameters.values())
@@ -174,12 +191,15 @@ class _Probe:
         times[module] = times.get(module, 0.0) + self._now() - self.started[module]
         if inputs and isinstance(inputs[0], Tensor) and isinstance(output, Tensor):
             self.macs[module] = self.macs.get(module, 0) + _macs(module, inputs[0], output)
+            if type(module) is nn.Conv2d:
+                self.between[module] = self.between.get(module, 0) + _between(module, inputs[0], output)
 
     def run(self) -> None:
         training = [m for m in self.model.modules() if m.training]
         self.model.eval()
         self.times.append({})
         self.macs.clear()
+        self.between.clear()
         with torch.no_grad():
             start = self._now()
             call(self.model, self.inputs)
@@ -211,6 +231,7 @@ class _Probe:
                     macs,
                     1e3 * median(runs) if runs else None,
                     macs // weights if weights else 0,
+                    self.between.get(module, 0),
                 )
             )
         total = LayerCost(

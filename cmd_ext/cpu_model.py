@@ -63,9 +63,9 @@ def fused_work(work: Work) -> list[float]:
 
 def lowrank_work(work: Work) -> list[float]:
     """Of the dense library, for V and then U."""
-    middle = work.groups * work.rank * work.tokens
-    first = replace(work, m=work.groups * work.rank, n=work.n, outputs=middle)
-    second = replace(work, n=work.rank, inputs=middle)
+    rows, middle = work.groups * work.rank, work.groups * work.rank * work.middle
+    first = replace(work, m=rows, n=work.n // work.taps, tokens=work.middle, outputs=middle)
+    second = replace(work, n=work.rank * work.taps, inputs=middle)
     return [a + b for a, b in zip(dense_work(first), dense_work(second), strict=True)]
 
 
@@ -78,7 +78,15 @@ def predict(work: Work, rates: CpuRates, rebuild: bool) -> dict[str, float]:
     if rebuild:
         product = replace(work, n=max(work.rank, 1), tokens=work.n, inputs=work.nnz, outputs=work.m * work.n)
         times["dense"] += _dot(rates.linear_dense, dense_work(product))
-    if work.nnz == 0:
+    if work.taps > 1:  # U V by the dense library, S by our kernels, and their sum: rank 0 is told without taps
+        lowrank = _dot(dense, lowrank_work(work))
+        if work.nnz == 0:
+            times = {"dense": times["dense"], "lowrank": lowrank}
+        else:
+            alone = fused_work(replace(work, rank=0))
+            alone[1] += 3 * work.outputs
+            times["fused"] = lowrank + _dot(fused, alone)
+    elif work.nnz == 0:
         times["lowrank"] = _dot(dense, lowrank_work(work)) if work.rank else times["fused"]
         if not work.convolution:  # then our kernels are the same two products
             del times["fused"]

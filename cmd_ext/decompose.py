@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from . import dispatch, ops, support
+from . import dispatch, forms, ops, support
 
 DEFAULT_COEFFICIENT = 0.7  # the best or near-best share of S on real layers once a third of the entries is kept
 BUDGET_UNITS = ("params", "bytes")
@@ -31,11 +31,14 @@ class Decomposition:
     """W ~ U V + S.
 
     Attributes:
-        u, v: [m, r] and [groups * r, n], scaled to equal norms per component.
-        values, row_ptr, col_idx: S in CSR, int32 indices, columns ascending.
+        u, v: [m, r] and [groups * r, n], scaled to equal norms per component; in the spatial form of a kernel
+            [m, c, kh, kw] they are [m * kh, r] and [groups * r, c * kw].
+        values, row_ptr, col_idx: S over [m, n] in CSR, int32 indices, columns ascending.
         relative_error: ||W - U V - S||_F / ||W||_F (0 for a zero W).
         history: the relative error after each pass.
         groups: row groups, each with its own rank-r part.
+        form: "channel" or "spatial".
+        kernel_size: (kh, kw); (1, 1) for a matrix.
     """
 
     u: Tensor
@@ -46,6 +49,8 @@ class Decomposition:
     relative_error: float
     history: list[float] = field(repr=False)
     groups: int = 1
+    form: str = "channel"
+    kernel_size: tuple[int, int] = (1, 1)
 
     @property
     def rank(self) -> int:
@@ -57,9 +62,11 @@ class Decomposition:
 
     def to_dense(self) -> Tensor:
         """U V + S as [m, n]."""
-        m, n, g = self.u.shape[0], self.v.shape[1], self.groups
-        dense = torch.bmm(self.u.view(g, m // g, -1), self.v.view(g, -1, n)).view(m, n)
-        dense.view(-1)[_linear_index(self.row_ptr, self.col_idx, n)] += self.values
+        rows, columns, g = self.u.shape[0], self.v.shape[1], self.groups
+        dense = torch.bmm(self.u.view(g, rows // g, -1), self.v.view(g, -1, columns)).view(rows, columns)
+        if self.form == "spatial":
+            dense = forms.restore(dense, self.kernel_size)
+        dense.view(-1)[_linear_index(self.row_ptr, self.col_idx, dense.shape[1])] += self.values
         return dense
 
 
@@ -71,6 +78,7 @@ def split_budget(
     groups: int = 1,
     unit: str = "params",
     element: int = 4,
+    taps: int = 1,
 ) -> tuple[int, int]:
     """(rank, nnz) of a budget, with B = budget * m * n: nnz = floor(c B), rank = floor((1 - c) B / (m + groups * n)).
 
@@ -84,6 +92,7 @@ def split_budget(
         groups: row groups with a factor V each.
         unit: "params" (an entry of S counts as one) or "bytes" (it has its share of the support, too).
         element: bytes of a value, of which only "bytes" depends.
+        taps: kernel_h in the spatial form, where the factored matrix is [m * taps, n / taps].
 
     Raises:
         ValueError: budget or coefficient outside [0, 1], or an unknown unit.
@@ -98,10 +107,11 @@ def split_budget(
         raise ValueError(f"decompose: budget_unit must be one of {', '.join(BUDGET_UNITS)}, got {unit!r}")
     tiny = 1e-9  # 0.3 * 10 must count as 3
     nnz = int(coefficient * budget * m * n + tiny)
-    rank = int((1 - coefficient) * budget * m * n / (m + groups * n) + tiny)  # of equal bytes: all are values
+    rows, columns = m * taps, n // taps
+    rank = int((1 - coefficient) * budget * m * n / (rows + groups * columns) + tiny)  # of equal bytes: all are values
     if unit == "bytes":
         nnz = support.most_entries(m, n, element, coefficient * budget * m * n * element + tiny)
-    return min(rank, m // groups, n), min(nnz, m * n)
+    return min(rank, rows // groups, columns), min(nnz, m * n)
 
 
 def decompose(
@@ -115,6 +125,7 @@ def decompose(
     n_iter: int = 20,
     tol: float = 1e-5,
     groups: int = 1,
+    form: str = "channel",
     generator: torch.Generator | None = None,
 ) -> Decomposition:
     """Fits W ~ U V + S with a given rank and number of nonzeros.
@@ -130,6 +141,8 @@ def decompose(
         n_iter: passes; 20 is fast, 40 gains another 1-5 % of error.
         tol: stop when a pass of the second half lowers the error by less than this fraction.
         groups: row groups with a low-rank part each (grouped convolution).
+        form: "channel", or "spatial" for a kernel larger than 1x1: U V is then of the matrix [m * kh, c * kw], two thin
+            convolutions (see forms.py), and a unit of rank costs m * kh + groups * c * kw parameters.
         generator: of the random start of large matrices; the result is the same from call to call if None.
 
     Returns:
@@ -140,7 +153,7 @@ def decompose(
 
     Source: Zhou and Tao, ICML 2011 (GoDec) for the alternation; start, warm pass and annealing as told above.
     """
-    options = {"n_iter": n_iter, "tol": tol, "groups": groups, "generator": generator}
+    options = {"n_iter": n_iter, "tol": tol, "groups": groups, "form": form, "generator": generator}
     sizes = {"rank": rank, "nnz": nnz, "budget": budget, "sparse_coefficient": sparse_coefficient}
     return decompose_batch([weight], **sizes, budget_unit=budget_unit, **options)[0]
 
@@ -156,6 +169,7 @@ def decompose_batch(
     n_iter: int = 20,
     tol: float = 1e-5,
     groups: int = 1,
+    form: str = "channel",
     generator: torch.Generator | None = None,
 ) -> list[Decomposition]:
     """`decompose` of several weights; those of one shape, dtype and device are fitted in one batched call.
@@ -167,12 +181,12 @@ def decompose_batch(
         raise ValueError(f"decompose: n_iter must be >= 1, got {n_iter}")
     batches = defaultdict(list)
     for index, weight in enumerate(weights):
-        matrix = _as_matrix(weight, groups)
-        batches[matrix.shape, matrix.dtype, matrix.device].append((index, matrix))
+        matrix = _as_matrix(weight, groups, form)
+        taps = forms.taps_of(form, weight.shape[2:])
+        batches[matrix.shape, taps, matrix.dtype, matrix.device].append((index, matrix))
     results: list[Decomposition | None] = [None] * len(weights)
-    for (shape, dtype, device), members in batches.items():
-        m, n = shape
-        r, k = _sizes(m, n, groups, rank, nnz, budget, sparse_coefficient, budget_unit, dtype.itemsize)
+    for (shape, taps, dtype, device), members in batches.items():
+        r, k = _sizes(*shape, groups, rank, nnz, budget, sparse_coefficient, budget_unit, dtype.itemsize, taps)
         here = device if device.type == "cuda" and dispatch.has_cuda_kernels() else torch.device("cpu")
         stack = torch.stack([matrix for _, matrix in members]).to(here)
         with torch.no_grad(), torch.autocast(here.type, enabled=False):
@@ -181,11 +195,15 @@ def decompose_batch(
         for (index, _), fit in zip(members, fits, strict=True):
             fit.u, fit.v, fit.values = (t.to(device, dtype) for t in (fit.u, fit.v, fit.values))
             fit.row_ptr, fit.col_idx = fit.row_ptr.to(device), fit.col_idx.to(device)
+            fit.form, fit.kernel_size = form, (*weights[index].shape[2:],) or (1, 1)
+            if form == "spatial":
+                sparse = fit.values, fit.row_ptr, fit.col_idx, fit.kernel_size, shape[1]
+                fit.values, fit.row_ptr, fit.col_idx = forms.restore_csr(*sparse)
             results[index] = fit
     return results
 
 
-def _as_matrix(weight: Tensor, groups: int) -> Tensor:
+def _as_matrix(weight: Tensor, groups: int, form: str) -> Tensor:
     if weight.dim() not in (2, 4) or weight.numel() == 0:
         raise ValueError(f"decompose: weight must be a non-empty [m, n] or [m, c, kh, kw], got {[*weight.shape]}")
     if weight.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
@@ -195,14 +213,15 @@ def _as_matrix(weight: Tensor, groups: int) -> Tensor:
     if not weight.isfinite().all():
         bad = int((~weight.isfinite()).sum())
         raise ValueError(f"decompose: weight must be finite, got {bad} NaN or Inf among {weight.numel()} entries")
-    return weight.detach().reshape(weight.shape[0], -1)
+    forms.check_form("decompose", form, weight.shape[2:])
+    return forms.arrange(weight.detach()) if form == "spatial" else weight.detach().reshape(weight.shape[0], -1)
 
 
-def _sizes(m, n, groups, rank, nnz, budget, coefficient, unit, element) -> tuple[int, int]:
+def _sizes(m, n, groups, rank, nnz, budget, coefficient, unit, element, taps) -> tuple[int, int]:
     if budget is not None:
         if rank is not None or nnz is not None:
             raise ValueError("decompose: give (rank, nnz) or (budget, sparse_coefficient), got both")
-        return split_budget(m, n, budget, coefficient, groups, unit, element)
+        return split_budget(m // taps, n * taps, budget, coefficient, groups, unit, element, taps)
     if rank is None and nnz is None:
         raise ValueError("decompose: give rank and/or nnz, or a budget, got none of them")
     if coefficient is not None:
@@ -212,7 +231,7 @@ def _sizes(m, n, groups, rank, nnz, budget, coefficient, unit, element) -> tuple
     rank, nnz = rank or 0, nnz or 0
     full = min(m // groups, n)
     if not 0 <= rank <= full:
-        raise ValueError(f"decompose: rank must lie in [0, min(m, n)] = [0, {full}], got {rank}")
+        raise ValueError(f"decompose: rank must lie in [0, min({forms.sides(taps)})] = [0, {full}], got {rank}")
     if not 0 <= nnz <= m * n:
         raise ValueError(f"decompose: nnz must lie in [0, m * n] = [0, {m * n}], got {nnz}")
     return rank, nnz

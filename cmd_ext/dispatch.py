@@ -73,14 +73,18 @@ def predict(work: Work, rates: DeviceRates, rebuild: bool) -> dict[str, float]:
     m, n, r, t, size = work.m, work.n, work.rank, work.tokens, work.m * work.n
     dense = step(2 * size * t, dense_rate, work.inputs + work.outputs + size)
     if rebuild:
-        dense += step(2 * r * size, rates.dense["float32"], size + r * (m + work.groups * n) + work.nnz, 4 * work.nnz)
-    project = step(2 * r * n * work.groups * t, dense_rate, work.inputs + r * work.groups * (n + t))
-    expand = step(2 * r * m * t, dense_rate, work.outputs + r * (m + work.groups * t))
+        factors = r * (m * work.taps + work.groups * n // work.taps)
+        dense += step(2 * r * size, rates.dense["float32"], size + factors + work.nnz, 4 * work.nnz)
+    rows, columns, z = m * work.taps, n // work.taps, work.middle
+    project = step(2 * r * columns * work.groups * z, dense_rate, work.inputs + r * work.groups * (columns + z))
+    expand = step(2 * r * rows * t, dense_rate, work.outputs + r * (rows + work.groups * z))
     lowrank = project + expand if r > 0 else rates.launch
     if work.nnz == 0:
         return {"dense": dense, "lowrank": lowrank}
     csr = step(2 * work.nnz * t, rates.sparse[dtype], 3 * work.inputs + 2 * work.outputs + work.nnz, 4 * work.nnz)
     fused = lowrank + csr
+    if work.taps > 1:  # S by the kernels of cmd_ext, U V by the dense library, and their sum
+        return {"dense": dense, "fused": fused + step(work.outputs, rates.dense["float32"], 3 * work.outputs)}
     if dtype in rates.mma:
         mma = step(2 * (size + r * m) * t, rates.mma[dtype], work.inputs + work.outputs + work.nnz, 8 * work.nnz)
         fused = min(fused, project + mma)

@@ -18,13 +18,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from . import support
+from . import forms, support
 from .cost import compressed_layers, saved_tensors
 from .decompose import Decomposition
 from .modules import CMDConv2d, CMDLinear, replace
 from .ops import csr_rows
 
-FORMAT_VERSION = 2  # 1: supports as row_ptr (int32) and col_idx (uint16 or int32)
+FORMAT_VERSION = 2  # 1: supports as row_ptr (int32) and col_idx (uint16 or int32), the channel form only
 _KINDS = {"conv2d": (CMDConv2d, nn.Conv2d), "linear": (CMDLinear, nn.Linear)}
 _PARTS = ("u", "v", "values", "row_ptr", "col_idx")
 
@@ -126,6 +126,8 @@ def _content(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, dict], dict
             tensors.update({_key(name, part): tensor for part, tensor in packed.items()})
             kind = "conv2d" if isinstance(module, CMDConv2d) else "linear"
             layers[name] = {"kind": kind, "shape": [*module.matrix_shape], "groups": module.groups, "support": form}
+            if module.form != "channel":
+                layers[name] |= {"form": module.form, "taps": module._taps}
         else:
             layers[name] = layers[owner]
             parts = support.FORMS[layers[owner]["support"]]
@@ -176,6 +178,8 @@ class _Entry:
     shape: list[int]
     groups: int
     support: str | None = None  # None: row_ptr and col_idx themselves, as in version 1
+    form: str = "channel"
+    taps: int = 1
 
     def __post_init__(self) -> None:
         if self.kind not in _KINDS:
@@ -183,20 +187,22 @@ class _Entry:
         sizes = [*self.shape, self.groups]
         if len(sizes) != 3 or not all(isinstance(size, int) and size > 0 for size in sizes):
             raise TypeError(f"shape {self.shape!r} with groups {self.groups!r}")
+        if self.form not in forms.FORMS or not isinstance(self.taps, int) or self.taps < 1 or self.shape[1] % self.taps:
+            raise TypeError(f"form {self.form!r} with taps {self.taps!r}")
         if not isinstance(self.support, (str, type(None))):
             raise TypeError(f"support {self.support!r}")
 
 
 def _unpack(name: str, entry: _Entry, tensors: dict[str, Tensor]) -> None:
     """Puts row_ptr and col_idx of a layer in the place of its packed support, all parts checked."""
-    (m, n), groups = entry.shape, entry.groups
+    (m, n), groups, taps = entry.shape, entry.groups, entry.taps
     u, v, values = (tensors[_key(name, part)] for part in ("u", "v", "values"))
     for part, tensor, dims in (("u", u, 2), ("v", v, 2), ("values", values, 1)):
         if tensor.dim() != dims or not tensor.is_floating_point():
             raise ValueError(f"{part} must have {dims} dimensions of floats, got {[*tensor.shape]} of {tensor.dtype}")
-    if u.shape[0] != m or v.shape != (groups * u.shape[1], n):
+    if u.shape[0] != m * taps or v.shape != (groups * u.shape[1], n // taps):
         got = f"{[*u.shape]} and {[*v.shape]}"
-        raise ValueError(f"u and v must be [{m}, r] and [{groups} * r, {n}], got {got}")
+        raise ValueError(f"u and v must be [{m * taps}, r] and [{groups} * r, {n // taps}], got {got}")
     if entry.support is None:
         row_ptr, col_idx = (tensors[_key(name, part)].to(torch.int32) for part in ("row_ptr", "col_idx"))
     else:
@@ -225,9 +231,15 @@ def _layer(path, name: str, entry: _Entry, tensors: dict[str, Tensor], module: n
     if [m, n, getattr(module, "groups", 1)] != [*entry.shape, entry.groups]:
         got = f"[{m}, {n}] with {getattr(module, 'groups', 1)} groups"
         raise ValueError(f"load: {path} wants layer {name!r} to be {entry.shape} with {entry.groups} groups, got {got}")
+    try:
+        forms.check_form("the structure", entry.form, getattr(module, "kernel_size", ()))
+        if forms.taps_of(entry.form, getattr(module, "kernel_size", ())) != entry.taps:
+            raise ValueError(f"a kernel of height {entry.taps} in the file, {module.kernel_size[0]} in the model")
+    except ValueError as error:
+        raise ValueError(f"load: layer {name!r} in {path} is damaged ({error})") from None
     parts = [tensors[_key(name, part)] for part in _PARTS]
     source = module.to_dense() if isinstance(module, compressed) else module
-    return compressed._from_fit(source, Decomposition(*parts, 0.0, [], entry.groups))
+    return compressed._from_fit(source, Decomposition(*parts, 0.0, [], entry.groups, entry.form))
 
 
 def _check_names(path, model: nn.Module, layers: dict[str, nn.Module], tensors: dict[str, Tensor]) -> None:

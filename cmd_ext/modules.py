@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import dispatch, ops
+from . import dispatch, forms, ops
 from .decompose import Decomposition, decompose
 
 BACKENDS = ("auto", "fused", "lowrank", "dense")
@@ -18,18 +19,21 @@ MOST_KEPT = 8  # input sizes whose plans a convolution keeps
 class _LowRankSparse(nn.Module):
     """Parameters and bookkeeping of a weight matrix [m, n] held as U V + S, in `groups` row groups.
 
-    Parameters u [m, r], v [groups * r, n], values [nnz] and bias [m]; buffers row_ptr, col_idx (saved) and the
-    transposed support (rebuilt). The support is fixed while training; loading a state_dict may change it.
+    Parameters u [m * taps, r], v [groups * r, n / taps], values [nnz] and bias [m]; taps is 1 but for the spatial form
+    of a convolution. Buffers row_ptr, col_idx (saved) and the transposed support (rebuilt). The support is fixed while
+    training; loading a state_dict may change it.
     """
 
     _is_convolution = False
     _activation: str | None = None
+    form, _taps = "channel", 1
 
     def __init__(self, m: int, n: int, groups: int, rank: int, density: float, bias: bool, device, dtype) -> None:
         super().__init__()
-        name, full = type(self).__name__, min(m // groups, n)
+        name, taps = type(self).__name__, self._taps
+        full = min(m * taps // groups, n // taps)
         if not 0 <= rank <= full:
-            raise ValueError(f"{name}: rank must lie in [0, min(m, n)] = [0, {full}], got {rank}")
+            raise ValueError(f"{name}: rank must lie in [0, min({forms.sides(taps)})] = [0, {full}], got {rank}")
         if not 0 <= density <= 1:
             raise ValueError(f"{name}: density must lie in [0, 1], got {density}")
         self.groups, self._backend = groups, "auto"
@@ -38,8 +42,8 @@ class _LowRankSparse(nn.Module):
         self._kept: tuple[tuple, dict, dict] | None = None
         factory = {"device": device, "dtype": dtype}
         nnz = round(density * m * n)
-        self.u = nn.Parameter(torch.empty(m, rank, **factory))
-        self.v = nn.Parameter(torch.empty(groups * rank, n, **factory))
+        self.u = nn.Parameter(torch.empty(m * taps, rank, **factory))
+        self.v = nn.Parameter(torch.empty(groups * rank, n // taps, **factory))
         self.values = nn.Parameter(torch.empty(nnz, **factory))
         self.bias = nn.Parameter(torch.empty(m, **factory)) if bias else None
         self._set_pattern(_random_pattern(m, n, nnz, groups, self.u.device))
@@ -51,8 +55,8 @@ class _LowRankSparse(nn.Module):
 
     def reset_parameters(self) -> None:
         """The variance of nn.Linear's and nn.Conv2d's own initialisation, shared between the branches by parameters."""
-        m, n, r, nnz = *self.matrix_shape, self.rank, self.nnz
-        bound, share = 1 / math.sqrt(n), r * (m + self.groups * n) / max(1, r * (m + self.groups * n) + nnz)
+        n, r, nnz, factors = self.matrix_shape[1], self.rank, self.nnz, self.u.numel() + self.v.numel()
+        bound, share = 1 / math.sqrt(n), factors / max(1, factors + nnz)
         with torch.no_grad():
             if r > 0:  # var(U V) = r var(u) var(v)
                 factor = math.sqrt(3) * (share * bound**2 / 3 / r) ** 0.25
@@ -67,7 +71,7 @@ class _LowRankSparse(nn.Module):
     @property
     def matrix_shape(self) -> tuple[int, int]:
         """(m, n) of the weight matrix."""
-        return self.u.shape[0], self.v.shape[1]
+        return self.u.shape[0] // self._taps, self.v.shape[1] * self._taps
 
     @property
     def rank(self) -> int:
@@ -141,7 +145,8 @@ class _LowRankSparse(nn.Module):
 
     def _work(self) -> dispatch.Work:
         u, v, values, *_ = self._sources()
-        (m, rank), n, tokens = u.shape, v.shape[1], self._tokens
+        (rows, rank), taps, tokens = u.shape, self._taps, self._tokens
+        m, n = rows // taps, v.shape[1] * taps
         inputs = int(tokens * self._inputs_per_token)
         return dispatch.Work(
             m, n, self.groups, rank, values.shape[0], tokens, inputs, tokens * m, u.dtype, self._is_convolution
@@ -239,19 +244,19 @@ class _LowRankSparse(nn.Module):
         weight = like.weight
         for name in ("u", "v", "values"):
             setattr(self, name, nn.Parameter(getattr(fit, name).to(weight), requires_grad=weight.requires_grad))
-        pattern = ops.Pattern.from_csr(fit.row_ptr, fit.col_idx, self.v.shape[1], self.groups)
+        pattern = ops.Pattern.from_csr(fit.row_ptr, fit.col_idx, self.matrix_shape[1], self.groups)
         self._set_pattern(ops.Pattern(*(t.to(weight.device) for t in pattern)))
         if like.bias is not None:
             self.bias = nn.Parameter(like.bias.detach().clone(), requires_grad=like.bias.requires_grad)
         self.train(like.training)
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors) -> None:
-        """Adopts the rank and the support of the checkpoint, then loads as usual."""
+        """Adopts the rank, the support and the form of the checkpoint, then loads as usual."""
         names = ("u", "v", "values", "row_ptr", "col_idx")
         saved = {name: state_dict[prefix + name] for name in names if prefix + name in state_dict}
         if len(saved) == len(names):
             try:
-                pattern = self._pattern_of(saved)
+                form, pattern = self._form_of(saved), self._pattern_of(saved)
             except ValueError as error:
                 errors.append(f"{prefix[:-1] or type(self).__name__}: {error}")
                 return
@@ -261,15 +266,31 @@ class _LowRankSparse(nn.Module):
                     parameter.data = parameter.new_empty(saved[name].shape)
                     parameter.grad = None
             self._set_pattern(ops.Pattern(*(t.to(self.u.device) for t in pattern)))
+            self._set_form(form)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
+
+    def _taps_by_form(self) -> dict[str, int]:
+        """Of the forms that the layer can have, its own first."""
+        return {self.form: self._taps}
+
+    def _set_form(self, form: str) -> None:
+        self.form, self._taps = form, self._taps_by_form()[form]
+
+    def _form_of(self, saved: dict[str, Tensor]) -> str:
+        """The form of the factors in a checkpoint, by their shapes."""
+        (m, n), g, u, v = self.matrix_shape, self.groups, saved["u"], saved["v"]
+        r = u.shape[1] if u.dim() == 2 else -1
+        wanted = {form: ((m * taps, r), (g * r, n // taps)) for form, taps in self._taps_by_form().items()}
+        for form, shapes in wanted.items():
+            if (u.shape, v.shape) == shapes:
+                return form
+        told = " or ".join(f"[{rows}, r] and [{g} * r, {columns}]" for (rows, _), (_, columns) in wanted.values())
+        raise ValueError(f"u and v must be {told}, got {[*u.shape]} and {[*v.shape]}")
 
     def _pattern_of(self, saved: dict[str, Tensor]) -> ops.Pattern:
         """The support in a checkpoint, checked against this layer's m and n."""
         (m, n), g = self.matrix_shape, self.groups
-        u, v, values, row_ptr, col_idx = saved.values()
-        r = u.shape[1] if u.dim() == 2 else -1
-        if u.shape != (m, r) or v.shape != (g * r, n):
-            raise ValueError(f"u and v must be [{m}, r] and [{g} * r, {n}], got {[*u.shape]} and {[*v.shape]}")
+        _, _, values, row_ptr, col_idx = saved.values()
         if row_ptr.shape != (m + 1,) or values.shape != col_idx.shape:
             got = f"{[*row_ptr.shape]}, {[*values.shape]} and {[*col_idx.shape]}"
             raise ValueError(f"row_ptr, values and col_idx must be [{m + 1}], [nnz] and [nnz], got {got}")
@@ -393,8 +414,12 @@ class CMDConv2d(_LowRankSparse):
 
     Args:
         in_channels .. dtype: as in nn.Conv2d (every padding, padding_mode, dilation and groups).
-        rank: columns of U, 0 to min(out_channels / groups, in_channels / groups * kernel_h * kernel_w), per group.
+        rank: columns of U, 0 to min(out_channels / groups, in_channels / groups * kernel_h * kernel_w), per group; in
+            the spatial form to min(out_channels * kernel_h / groups, in_channels / groups * kernel_w).
         density: nnz of S / entries of the kernel, 0 to 1; the support is drawn at random.
+        form: of U V: "channel", a kernel_h x kernel_w convolution and a 1 x 1 one, or "spatial", a 1 x kernel_w and a
+            kernel_h x 1 one (forms.py): U is [out_channels * kernel_h, rank], V [groups * rank, in_channels / groups *
+            kernel_w]. The spatial form runs as two dense convolutions beside the kernel of S.
 
     Shape: [batch, in_channels, height, width] or [in_channels, height, width], as nn.Conv2d.
 
@@ -420,40 +445,48 @@ class CMDConv2d(_LowRankSparse):
         *,
         rank,
         density,
+        form="channel",
     ) -> None:
         # nn.Conv2d checks these arguments and settles `padding`; on the meta device it costs nothing.
         conv = nn.Conv2d(
             in_channels, out_channels, kernel_size, stride, padding, dilation, groups, False, padding_mode, "meta"
         )
+        forms.check_form("CMDConv2d", form, conv.kernel_size)
         m, n = out_channels, conv.weight[0].numel()
+        self.form, self._taps = form, forms.taps_of(form, conv.kernel_size)
         super().__init__(m, n, groups, rank, density, bias, device, dtype)
         self.in_channels, self.out_channels = in_channels, out_channels
         self.kernel_size, self.stride, self.dilation = conv.kernel_size, conv.stride, conv.dilation
         self.padding, self.padding_mode = conv.padding, padding_mode
-        left_right_top_bottom = conv._reversed_padding_repeated_twice
-        symmetric = left_right_top_bottom[::2] == left_right_top_bottom[1::2]
-        if padding_mode == "zeros" and symmetric:
-            self._pad, self._inner_padding = None, tuple(left_right_top_bottom[::-2])
-        else:  # pad first, then convolve without padding
-            self._pad, self._inner_padding = left_right_top_bottom, (0, 0)
+        self._pad = forms.padding_ahead(conv)
+        self._inner_padding = tuple(conv._reversed_padding_repeated_twice[::-2]) if self._pad is None else (0, 0)
 
     @classmethod
     def from_dense(
-        cls, conv: nn.Conv2d, *, rank=None, density=None, budget=None, sparse_coefficient=None, **fit
+        cls,
+        conv: nn.Conv2d,
+        *,
+        rank=None,
+        density=None,
+        budget=None,
+        sparse_coefficient=None,
+        form="channel",
+        **fit,
     ) -> CMDConv2d:
         """Decomposes a trained layer, by (rank, density) or by (budget, sparse_coefficient).
 
-        Further arguments go to `decompose`, whose errors it raises.
+        The form is "channel", "spatial" or "auto": the one with the lower error at the budget, "channel" where there is
+        only one, or a second moment. Further arguments go to `decompose`, whose errors it raises.
         """
-        return cls._from_fit(conv, _fit(conv, rank, density, budget, sparse_coefficient, groups=conv.groups, **fit))
+        sizes = rank, density, budget, sparse_coefficient
+        return cls._from_fit(conv, _fit(conv, *sizes, form=form, groups=conv.groups, **fit))
 
     @classmethod
     def _from_fit(cls, conv: nn.Conv2d, fit: Decomposition) -> CMDConv2d:
         geometry = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups)
         has_bias = conv.bias is not None
-        layer = cls(
-            conv.in_channels, conv.out_channels, *geometry, has_bias, conv.padding_mode, "meta", rank=0, density=0
-        )
+        options = {"device": "meta", "rank": 0, "density": 0, "form": fit.form}
+        layer = cls(conv.in_channels, conv.out_channels, *geometry, has_bias, conv.padding_mode, **options)
         layer._assign(fit, conv)
         return layer
 
@@ -471,6 +504,8 @@ class CMDConv2d(_LowRankSparse):
 
     def _compute(self, x: Tensor, backend: str | None = None) -> Tensor:
         backend, kernel = backend or self.backend, self.kernel_size
+        if self._taps > 1 and backend != "dense":
+            return self._compute_spatial(x)
         if backend == "fused":
             return ops.lrs_conv2d(x, self.u, self.v, self.values, self.pattern, self.bias, kernel, *self._geometry)
         if backend == "lowrank" and self.rank > 0:
@@ -478,21 +513,80 @@ class CMDConv2d(_LowRankSparse):
             return F.conv2d(z, self.u.view(*self.u.shape, 1, 1), self.bias, groups=self.groups)
         return self._dense(x, self._matrix())
 
+    def _compute_spatial(self, x: Tensor) -> Tensor:
+        """The spatial form: two thin dense convolutions beside the sparse kernel of S."""
+        if self.nnz == 0 and self.rank > 0:
+            return self._thin(x, self._v(), self.bias)
+        geometry = self.bias, self.kernel_size, *self._geometry
+        y = ops.lrs_conv2d(x, *self._no_factors(), self.values, self.pattern, *geometry)
+        return y + self._thin(x, self.v, None) if self.rank > 0 else y
+
+    def _thin(self, x: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+        kernels = forms.thin_kernels(self.u, v, self.kernel_size)
+        return forms.thin_convolutions(x, *kernels, bias, *self._geometry)
+
+    def _no_factors(self) -> tuple[Tensor, Tensor]:
+        """U and V of rank 0 in the channel form; where the rank is 0, the parameters, so that they get gradients."""
+        m, n = self.matrix_shape
+        u, v = (self.u, self.v) if self.rank == 0 else (self.u.detach()[:, :0], self.v.detach()[:0])
+        return u.reshape(m, 0), v.reshape(0, n)
+
     def _dense(self, x: Tensor, matrix: Tensor) -> Tensor:
         return F.conv2d(x, matrix.view(self.out_channels, -1, *self.kernel_size), self.bias, *self._geometry)
 
     def _prepare_by(self, backend: str, x: Tensor, shared: dict):
-        if backend != "fused" or x.device.type != "cpu" or x.shape[0] == 0 or x.dtype != self.u.dtype:
+        ours = backend == "fused" or (self._taps > 1 and backend == "lowrank")
+        if not ours or x.device.type != "cpu" or x.shape[0] == 0 or x.dtype != self.u.dtype:
             return super()._prepare_by(backend, x, shared)
+        if self._taps > 1:
+            return self._prepare_spatial(x, shared)
         weights = (self.u, self.v, self.values, self.pattern)
         plan = ops.plan_lrs_conv2d(*weights, x.shape, self.kernel_size, *self._geometry)
         return lambda layer, x: ops.planned_lrs_conv2d(x, plan, layer.bias, layer._activation is not None)
 
+    def _prepare_spatial(self, x: Tensor, shared: dict):
+        kernels, geometry = shared.get("kernels"), self._geometry
+        if kernels is None:
+            kernels = shared["kernels"] = forms.thin_kernels(self.u, self.v, self.kernel_size)
+        if self.nnz == 0 and self.rank > 0:
+            return lambda layer, x: layer._activated_(forms.thin_convolutions(x, *kernels, layer.bias, *geometry))
+        weights = (*self._no_factors(), self.values, self.pattern)
+        plan = ops.plan_lrs_conv2d(*weights, x.shape, self.kernel_size, *geometry)
+        if self.rank == 0:
+            return lambda layer, x: ops.planned_lrs_conv2d(x, plan, layer.bias, layer._activation is not None)
+
+        def call(layer: CMDConv2d, x: Tensor) -> Tensor:
+            y = ops.planned_lrs_conv2d(x, plan, layer.bias)
+            return layer._activated_(y.add_(forms.thin_convolutions(x, *kernels, None, *geometry)))
+
+        return call
+
+    def _matrix(self) -> Tensor:
+        if self._taps == 1:
+            return super()._matrix()
+        return forms.spatial_weight(self.u, self.v, self.values, self.pattern, self.kernel_size, self.groups)
+
+    def _taps_by_form(self) -> dict[str, int]:
+        taps = {form: forms.taps_of(form, self.kernel_size) for form in forms.FORMS}
+        return {self.form: self._taps} | (taps if forms.has_two_forms(self.kernel_size) else {})
+
+    def _work(self) -> dispatch.Work:
+        work = super()._work()
+        if self._taps == 1 or work.rank == 0:
+            return work
+        between = work.tokens
+        if self._noted is not None:
+            batch, _, rows, columns = self._noted
+            between = batch * rows * self._out_size(columns, 1)
+        return dataclasses.replace(work, taps=self._taps, between=between)
+
     def _tokens_of(self, x: Tensor) -> int:
         """Pixels of the output, over the batch."""
-        spans = (d * (k - 1) + 1 for k, d in zip(self.kernel_size, self.dilation, strict=True))
-        sizes = zip(x.shape[2:], self._inner_padding, spans, self.stride, strict=True)
-        return x.shape[0] * math.prod((s + 2 * p - k) // t + 1 for s, p, k, t in sizes)
+        return x.shape[0] * self._out_size(x.shape[2], 0) * self._out_size(x.shape[3], 1)
+
+    def _out_size(self, size: int, axis: int) -> int:
+        span = self.dilation[axis] * (self.kernel_size[axis] - 1) + 1
+        return (size + 2 * self._inner_padding[axis] - span) // self.stride[axis] + 1
 
     def dense_weight(self) -> Tensor:
         """U V + S as [out_channels, in_channels / groups, kernel_h, kernel_w], differentiable."""
@@ -512,6 +606,7 @@ class CMDConv2d(_LowRankSparse):
         for name, default in defaults.items():
             if getattr(self, name) != default:
                 parts += f", {name}={getattr(self, name)!r}"
+        parts += f", form={self.form!r}" if self.form != "channel" else ""
         return parts + self._extra()
 
 
@@ -531,14 +626,25 @@ def replace(model: nn.Module, name: str, layer: nn.Module) -> nn.Module:
     return model
 
 
-def _fit(layer: nn.Module, rank, density, budget, sparse_coefficient, **options) -> Decomposition:
-    """Decomposes a layer's weight; a density becomes nnz."""
+def _fit(
+    layer: nn.Module, rank, density, budget, sparse_coefficient, form="channel", second_moment=None, **options
+) -> Decomposition:
+    """Decomposes a layer's weight in the form of least error; a density becomes nnz."""
+    kernel_size = layer.weight.shape[2:]
+    forms.check_form("from_dense", form, kernel_size, second_moment, (*forms.FORMS, "auto"))
+    if form == "auto" and rank and budget is None:
+        raise ValueError(f"from_dense: form 'auto' needs a budget to compare the forms at, got rank = {rank}")
+    several = form == "auto" and budget is not None and second_moment is None and forms.has_two_forms(kernel_size)
     nnz = None
     if density is not None:
         if not 0 <= density <= 1:
             raise ValueError(f"from_dense: density must lie in [0, 1], got {density}")
         nnz = round(density * layer.weight.numel())
-    return decompose(layer.weight, rank=rank, nnz=nnz, budget=budget, sparse_coefficient=sparse_coefficient, **options)
+    options |= {"rank": rank, "nnz": nnz, "budget": budget, "sparse_coefficient": sparse_coefficient}
+    if second_moment is not None:
+        options["second_moment"] = second_moment
+    kinds = forms.FORMS if several else ("channel",) if form == "auto" else (form,)
+    return min((decompose(layer.weight, form=kind, **options) for kind in kinds), key=lambda fit: fit.relative_error)
 
 
 def _densify(layer: _LowRankSparse, dense: nn.Module) -> nn.Module:

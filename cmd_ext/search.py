@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .cost import kept_bytes, kept_parameters
+from . import forms
+from .cost import kept_bytes, kept_macs, kept_parameters
 from .decompose import decompose_batch, split_budget
 
 BUDGETS = np.geomspace(0.01, 0.8, 40)
@@ -36,7 +37,10 @@ class UnsatisfiableError(ValueError):
 
 @dataclass
 class Layer:
-    """A layer that may be compressed: its matrix [m, n] per `groups`, and MACs per weight."""
+    """A layer that may be compressed: its matrix [m, n] per `groups`, and MACs per weight.
+
+    `forms` are those of a convolution that it may take, `between` the MACs per weight of V in the spatial form.
+    """
 
     name: str
     weight: Tensor
@@ -44,19 +48,36 @@ class Layer:
     n: int
     groups: int
     positions: int
+    forms: tuple[str, ...] = ("channel",)
+    between: int = 0
 
     @property
     def size(self) -> int:
         return self.m * self.n
 
-    def costs(self, rank: int | None, nnz: int | None) -> dict[str, float]:
+    def taps(self, form: str) -> int:
+        """The matrix of this form is [m * taps, n / taps]."""
+        return forms.taps_of(form, self.weight.shape[2:])
+
+    def factored(self, form: str) -> Tensor:
+        """The matrix of this form, [groups, m * taps / groups, n / taps]."""
+        weight, taps = self.weight.detach(), self.taps(form)
+        matrix = forms.arrange(weight) if form == "spatial" else weight
+        return matrix.reshape(self.groups, self.m * taps // self.groups, self.n // taps)
+
+    def split(self, budget: float, coefficient: float | None, form: str, unit: str = "params") -> tuple[int, int]:
+        """(rank, nnz) of a budget."""
+        element, taps = self.weight.element_size(), self.taps(form)
+        return split_budget(self.m, self.n, budget, coefficient, self.groups, unit, element, taps)
+
+    def costs(self, rank: int | None, nnz: int | None, form: str = "channel") -> dict[str, float]:
         """Parameters, MACs and bytes of the weight; rank None is dense."""
         element = self.weight.element_size()
         if rank is None:
             return {"params": self.size, "macs": self.positions * self.size, "bytes": self.size * element}
-        kept = kept_parameters(self.m, self.n, self.groups, rank, nnz)
-        stored = kept_bytes(self.m, self.n, self.groups, rank, nnz, element)
-        return {"params": kept, "macs": self.positions * kept, "bytes": stored}
+        sizes, taps = (self.m, self.n, self.groups, rank, nnz), self.taps(form)
+        macs = kept_macs(*sizes, self.positions, taps, self.between)
+        return {"params": kept_parameters(*sizes, taps), "macs": macs, "bytes": kept_bytes(*sizes, element, taps)}
 
 
 @dataclass
@@ -68,6 +89,7 @@ class Candidate:
     error: float
     loss: float
     costs: dict[str, float]
+    form: str = "channel"
 
 
 # Error curves ---------------------------------------------------------------------------------------------------------
@@ -78,61 +100,73 @@ def error_curves(
 ) -> dict[str, list[Candidate]]:
     """Candidates of every layer over the grid of budgets, each with the best of the sparse coefficients.
 
-    Pure sparse errors come exactly from one sort, pure low-rank errors from one spectrum; mixed ones are fitted at the
-    anchor budgets (layers of one shape in one batch) and interpolated in log error.
+    A layer that may take two forms has candidates of both at a budget where the second has the lower error: at equal
+    parameters it may take more MACs. Pure sparse errors come exactly from one sort, pure low-rank errors from one
+    spectrum; mixed ones are fitted at the anchor budgets (layers of one shape in one batch) and interpolated in log
+    error.
     """
     mixed = defaultdict(list)
     by_shape = defaultdict(list)
     for layer in layers:
-        by_shape[layer.m, layer.n, layer.groups, layer.weight.dtype].append(layer)
-    for (m, n, groups, _), group in by_shape.items():
-        large = m * n > LARGE
-        for coefficient in MIXED_COEFFICIENTS[:1] if large else MIXED_COEFFICIENTS:
-            for budget in ANCHORS[1::2] if large else ANCHORS:
-                if split_budget(m, n, budget, coefficient, groups)[0] == 0:
-                    continue
-                fits = decompose_batch(
-                    [layer.weight for layer in group],
-                    budget=budget,
-                    sparse_coefficient=coefficient,
-                    n_iter=n_iter // 2 if large else n_iter,
-                    groups=groups,
-                )
-                for layer, fit in zip(group, fits, strict=True):
-                    mixed[layer.name, coefficient].append((budget, fit.relative_error**2))
+        by_shape[layer.weight.shape, layer.groups, layer.forms, layer.weight.dtype].append(layer)
+    for (shape, groups, kinds, _), group in by_shape.items():
+        large = shape.numel() > LARGE
+        for form in kinds:
+            for coefficient in MIXED_COEFFICIENTS[:1] if large else MIXED_COEFFICIENTS:
+                for budget in ANCHORS[1::2] if large else ANCHORS:
+                    if group[0].split(budget, coefficient, form)[0] == 0:
+                        continue
+                    fits = decompose_batch(
+                        [layer.weight for layer in group],
+                        budget=budget,
+                        sparse_coefficient=coefficient,
+                        n_iter=n_iter // 2 if large else n_iter,
+                        groups=groups,
+                        form=form,
+                    )
+                    for layer, fit in zip(group, fits, strict=True):
+                        mixed[layer.name, coefficient, form].append((budget, fit.relative_error**2))
         for _ in group:
             step()
     return {layer.name: _curve(layer, mixed, round_to) for layer in layers}
 
 
 def _curve(layer: Layer, mixed: dict, round_to: int) -> list[Candidate]:
-    m, n, g = layer.m, layer.n, layer.groups
-    w = layer.weight.detach().float().reshape(g, m // g, n)
+    w = layer.weight.detach().float()
     total = max(w.double().square().sum().item(), 1e-300)
     magnitudes = w.flatten().square().sort(descending=True).values.double().cumsum(0)
-    gram = torch.bmm(w, w.mT) if m // g <= n else torch.bmm(w.mT, w)
-    spectrum = torch.linalg.eigvalsh(gram).clamp_min(0).sum(0).flip(0).double().cumsum(0)
+    spectra = {form: _spectrum(layer.factored(form).float()) for form in layer.forms}
 
     def left(kept: Tensor, k: int) -> float:
         return 1.0 if k == 0 else max(0.0, 1 - kept[k - 1].item() / total)
 
     candidates = [Candidate(None, None, 0.0, 0.0, layer.costs(None, None))]
     for budget in BUDGETS:
-        options = []
-        for coefficient in (1.0, *MIXED_COEFFICIENTS, 0.0):
-            rank, nnz = split_budget(m, n, budget, coefficient, g)
-            rank -= rank % round_to
-            if coefficient == 1.0:
-                options.append((left(magnitudes, nnz), 0, nnz))
-            elif coefficient == 0.0:
-                options.append((left(spectrum, rank), rank, 0))
-            elif rank > 0 and mixed[layer.name, coefficient]:
-                options.append((_interpolate(mixed[layer.name, coefficient], budget), rank, nnz))
-        error, rank, nnz = min(options)
-        costs = layer.costs(rank, nnz)
-        if rank + nnz > 0 and costs["params"] < layer.size:
-            candidates.append(Candidate(rank, nnz, error, error, costs))
+        best = math.inf
+        for form in layer.forms:
+            options = []
+            for coefficient in (1.0, *MIXED_COEFFICIENTS, 0.0):
+                rank, nnz = layer.split(budget, coefficient, form)
+                rank -= rank % round_to
+                points = mixed[layer.name, coefficient, form]
+                if coefficient == 1.0:
+                    options.append((left(magnitudes, nnz), 0, nnz))
+                elif coefficient == 0.0:
+                    options.append((left(spectra[form], rank), rank, 0))
+                elif rank > 0 and points:
+                    options.append((_interpolate(points, budget), rank, nnz))
+            error, rank, nnz = min(options)
+            costs = layer.costs(rank, nnz, form)
+            if rank + nnz > 0 and costs["params"] < layer.size and error < best:
+                candidates.append(Candidate(rank, nnz, error, error, costs, form))
+                best = error
     return candidates
+
+
+def _spectrum(w: Tensor) -> Tensor:
+    """The squared singular values of [g, m, n], descending and summed over the groups, accumulated."""
+    gram = torch.bmm(w, w.mT) if w.shape[1] <= w.shape[2] else torch.bmm(w.mT, w)
+    return torch.linalg.eigvalsh(gram).clamp_min(0).sum(0).flip(0).double().cumsum(0)
 
 
 def _interpolate(points: list[tuple[float, float]], budget: float) -> float:
@@ -170,7 +204,8 @@ def measure_losses(
         dense = weight.detach().clone()
         for budget in KL_BUDGETS:
             candidate = min(curves[layer.name][1:], key=lambda c: abs(c.costs["params"] / layer.size - budget))
-            fit = decompose_batch([dense], rank=candidate.rank, nnz=candidate.nnz, n_iter=8, groups=layer.groups)[0]
+            sizes = {"rank": candidate.rank, "nnz": candidate.nnz, "groups": layer.groups, "form": candidate.form}
+            fit = decompose_batch([dense], n_iter=8, **sizes)[0]
             with torch.no_grad():
                 weight.copy_(fit.to_dense().view_as(weight))
             points.append((max(fit.relative_error**2, 1e-12), max(loss_of_model(), 1e-9)))
@@ -288,23 +323,24 @@ def uniform(
 ) -> Choice:
     """The same budget and sparse coefficient for every layer: the largest budget that meets the limits.
 
-    The budget is a share of each layer's bytes where only bytes are limited, else of its parameters.
+    The budget is a share of each layer's bytes where only bytes are limited, else of its parameters. Layers take the last
+    of their forms.
     """
     unit = "bytes" if limits.keys() == {"bytes"} else "params"
 
     def at(budget: float) -> Choice:
         choice = {}
         for layer in layers:
-            element = layer.weight.element_size()
-            rank, nnz = split_budget(layer.m, layer.n, budget, coefficient, layer.groups, unit, element)
+            form = layer.forms[-1]
+            rank, nnz = layer.split(budget, coefficient, form, unit)
             rank -= rank % round_to
             if rank + nnz == 0:
                 nnz = 1
-            costs = layer.costs(rank, nnz)
+            costs = layer.costs(rank, nnz, form)
             dense = layer.costs(None, None)
             pays = all(costs[kind] < dense[kind] for kind in limits)
             choice[layer.name] = (
-                Candidate(rank, nnz, 0.0, 0.0, costs) if pays else Candidate(None, None, 0.0, 0.0, dense)
+                Candidate(rank, nnz, 0.0, 0.0, costs, form) if pays else Candidate(None, None, 0.0, 0.0, dense)
             )
         return choice
 

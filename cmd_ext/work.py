@@ -9,7 +9,11 @@ import torch
 
 @dataclass(frozen=True)
 class Work:
-    """One call of a layer: weight [m, n] per group row, `inputs` and `outputs` elements of x and y."""
+    """One call of a layer: weight [m, n] per group row, `inputs` and `outputs` elements of x and y.
+
+    The factors are [m * taps, rank] and [groups * rank, n / taps]. With taps > 1 they are two thin convolutions with
+    `between` pixels in between.
+    """
 
     m: int
     n: int
@@ -21,7 +25,14 @@ class Work:
     outputs: int
     dtype: torch.dtype
     convolution: bool = False
+    taps: int = 1
+    between: int = 0
 
     @property
     def density(self) -> float:
         return self.nnz / max(self.m * self.n, 1)
+
+    @property
+    def middle(self) -> int:
+        """Pixels (rows) between V and U."""
+        return self.between if self.taps > 1 else self.tokens
