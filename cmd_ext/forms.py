@@ -105,8 +105,8 @@ def thin_kernels(u: Tensor, v: Tensor, kernel_size: Sequence[int]) -> tuple[Tens
     Contiguous: a transposed view would pass for channels_last and decide the memory format of the output.
     """
     kh, kw = kernel_size
-    first = v.reshape(v.shape[0], -1, 1, kw)
-    return first, u.view(-1, kh, u.shape[1]).transpose(1, 2).contiguous().unsqueeze(-1)
+    first = v.reshape(v.shape[0], v.shape[1] // kw, 1, kw)
+    return first, u.reshape(u.shape[0] // kh, kh, u.shape[1]).transpose(1, 2).contiguous().unsqueeze(-1)
 
 
 def thin_convolutions(

@@ -126,6 +126,7 @@ for _name in (
     "residual_topk_csr",
     "lrs_linear",
     "_planned_lrs_linear",
+    "dense_weight",
     "lrs_conv2d",
     "_lrs_conv2d_grad_input",
 ):
