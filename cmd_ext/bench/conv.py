@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from functools import partial
 
@@ -43,10 +44,10 @@ BACKWARD = {
 }
 
 
-def layer_of(run: Run, shape: Conv, rank: int, density: float) -> CMDConv2d:
+def layer_of(run: Run, shape: Conv, rank: int, density: float, form: str = "channel") -> CMDConv2d:
     torch.manual_seed(0)
     geometry = (shape.channels, shape.out_channels, shape.kernel, shape.stride, shape.pad)
-    layer = CMDConv2d(*geometry, device=run.device, dtype=run.dtype, rank=rank, density=density)
+    layer = CMDConv2d(*geometry, device=run.device, dtype=run.dtype, rank=rank, density=density, form=form)
     layer.backend = "fused"
     return layer.requires_grad_(False)
 
@@ -205,8 +206,38 @@ def bench_conv(run: Run) -> Iterator[Row]:
         name = f"U V * x, r = c/8, {shape}"
         goal = Goal("7", f"{name}, over two oneDNN convolutions", 1.1, over(PACKED))
         yield run.measure(forward_case(run, name, shape, shape.channels // 8, 0.0, (goal,)))
+    for shape in SQUARE[1:3]:
+        for density in (0.0, 0.05):
+            yield spatial_row(run, shape, density)
     for network, batch in TOTALS:
         yield from bench_totals(run, network, batch)
+
+
+def spatial_row(run: Run, shape: Conv, density: float) -> Row:
+    """The spatial form beside the channel form of r = c/8 at as many parameters, and beside its own dense weight."""
+    rank = shape.channels // 8
+    channel, (x, last) = layer_of(run, shape, rank, density), images(run, shape)
+    rank = rank * (shape.m + shape.n) // (shape.kernel * (shape.m + shape.channels))
+    layer = layer_of(run, shape, rank, density, "spatial")
+    want = layer.to_dense().double()(x.double())
+    rivals: dict[str, Call] = {
+        "channel form channels_last": lambda: channel(last),
+        "channel form NCHW": lambda: channel(x),
+    }
+    part = f"U V + S, {percent(density)}" if density else "U V"
+    case = Case(
+        f"spatial form: {part}, r = {rank}, {shape}",
+        {"channels_last": lambda: layer(last), "NCHW": lambda: layer(x)},
+        lambda y: error_of(y, want),
+        run.tolerance,
+        rivals | dense_rivals(layer, x, last),
+        checked=False,
+        gflop=2e-9 * shape.tokens * (layer.u.numel() + layer.v.numel() + layer.nnz),
+    )
+    row = run.measure(case)
+    ways = {"channel": row.over("channel"), "dense": row.over("dense")}
+    told = ", ".join(f"{way} {row.ours.p50 * ratio:.3g} ms" for way, ratio in ways.items())
+    return dataclasses.replace(row, note=f"{row.note}; {told}")
 
 
 def fused_case(run: Run, shape: Conv, part: int, density: float) -> Case:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import cmd_ext
-from cmd_ext import ops, ref
+from cmd_ext import forms, models, ops, ref
 from cmd_ext.bench.machine import optional
 from cmd_ext.bench.shapes import Matrix
-from cmd_ext.bench.timing import Call, Case, Goal, Row, Run, error_of, over
+from cmd_ext.bench.timing import Call, Case, Goal, Row, Run, Times, error_of, over
 from cmd_ext.decompose import split_budget
 
 
@@ -195,6 +198,30 @@ def bench_decompose(run: Run) -> Iterator[Row]:
         w = of_run(run, structured(shape.m, shape.n))
         rank, nnz = split_budget(shape.m, shape.n, 0.5, 0.5)
         yield run.measure(decompose_case(run, f"decompose {shape}, budget .5, coefficient .5", w, rank, nnz))
+    if not run.shapes:
+        yield from spatial_row()
+
+
+def spatial_row() -> Iterator[Row]:
+    """The error of both forms on trained 3x3 convolutions: five of layer3 of ResNet-56, without S."""
+    name = "decompose: ResNet-56 layer3, rank only, budget .3, spatial form"
+    if not (folder := os.environ.get("CMD_EXT_DATA")):
+        print(f"{name}: skipped: CMD_EXT_DATA is not set (pretrained/resnet56.safetensors)", file=sys.stderr)
+        return
+    network = models.load_weights(models.create("resnet56"), Path(folder) / "pretrained" / "resnet56.safetensors")
+    convs = [m.weight for n, m in network.named_modules() if n.startswith("layer3") and isinstance(m, nn.Conv2d)]
+    convs = convs[1::4]
+    errors = {}
+    for form in forms.FORMS:
+        fits = cmd_ext.decompose_batch(convs, budget=0.3, sparse_coefficient=0.0, form=form)
+        exact = [
+            (fit.to_dense().double() - w.double().flatten(1)).norm() / w.double().norm()
+            for w, fit in zip(convs, fits, strict=True)
+        ]
+        errors[form] = Times.of([sum(exact).item() / len(convs)])
+    goal = Goal("", f"{name}: mean error", 0.53, lambda row: row.ours.p50, at_most=True)
+    note = f"mean relative error of {len(convs)} layers"
+    yield Row(name, "error", errors["spatial"], {"channel form": errors["channel"]}, note=note, goals=(goal,))
 
 
 def decompose_case(run: Run, name: str, w: Tensor, rank: int, nnz: int) -> Case:
