@@ -78,14 +78,12 @@ def predict(work: Work, rates: CpuRates, rebuild: bool) -> dict[str, float]:
     if rebuild:
         product = replace(work, n=max(work.rank, 1), tokens=work.n, inputs=work.nnz, outputs=work.m * work.n)
         times["dense"] += _dot(rates.linear_dense, dense_work(product))
-    if work.taps > 1:  # U V by the dense library, S by our kernels, and their sum: rank 0 is told without taps
+    if work.taps > 1:  # U V by the dense library, S by our kernels (their sum takes little); rank 0 comes without taps
         lowrank = _dot(dense, lowrank_work(work))
         if work.nnz == 0:
             times = {"dense": times["dense"], "lowrank": lowrank}
         else:
-            alone = fused_work(replace(work, rank=0))
-            alone[1] += 3 * work.outputs
-            times["fused"] = lowrank + _dot(fused, alone)
+            times["fused"] = lowrank + _dot(fused, fused_work(replace(work, rank=0)))
     elif work.nnz == 0:
         times["lowrank"] = _dot(dense, lowrank_work(work)) if work.rank else times["fused"]
         if not work.convolution:  # then our kernels are the same two products

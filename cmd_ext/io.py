@@ -239,7 +239,8 @@ def _layer(path, name: str, entry: _Entry, tensors: dict[str, Tensor], module: n
         raise ValueError(f"load: layer {name!r} in {path} is damaged ({error})") from None
     parts = [tensors[_key(name, part)] for part in _PARTS]
     source = module.to_dense() if isinstance(module, compressed) else module
-    return compressed._from_fit(source, Decomposition(*parts, 0.0, [], entry.groups, entry.form))
+    fit = Decomposition(*parts, 0.0, [], entry.groups, entry.form, getattr(source, "kernel_size", (1, 1)))
+    return compressed._from_fit(source, fit)
 
 
 def _check_names(path, model: nn.Module, layers: dict[str, nn.Module], tensors: dict[str, Tensor]) -> None:

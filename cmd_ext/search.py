@@ -323,8 +323,8 @@ def uniform(
 ) -> Choice:
     """The same budget and sparse coefficient for every layer: the largest budget that meets the limits.
 
-    The budget is a share of each layer's bytes where only bytes are limited, else of its parameters. Layers take the last
-    of their forms.
+    The budget is a share of each layer's bytes where only bytes are limited, else of its parameters. Layers take the
+    last of their forms.
     """
     unit = "bytes" if limits.keys() == {"bytes"} else "params"
 

@@ -71,6 +71,20 @@ def test_conv_backends_agree_forward_and_backward(name):
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-9, atol=1e-9)
 
 
+def test_the_dense_backend_runs_under_autocast():
+    for layer, x in (
+        (CMDLinear(12, 9, rank=3, density=0.2), torch.randn(2, 12)),
+        (CMDConv2d(8, 16, 3, rank=2, density=0.2), torch.randn(2, 8, 6, 6)),
+    ):
+        layer.backend = "dense"
+        want = layer(x)
+        for grad in (True, False):
+            with torch.autocast("cpu", dtype=torch.bfloat16), torch.set_grad_enabled(grad):
+                y = layer(x)
+            assert y.dtype == torch.bfloat16
+            torch.testing.assert_close(y.float(), want, rtol=0.05, atol=0.05)
+
+
 def test_linear_is_the_dense_layer_and_backends_agree():
     linear, x = nn.Linear(40, 24), torch.randn(5, 7, 40)
     for sizes in ({"rank": 24}, {"rank": 0, "density": 1.0}):
