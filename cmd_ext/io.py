@@ -127,7 +127,7 @@ def _content(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, dict], dict
             kind = "conv2d" if isinstance(module, CMDConv2d) else "linear"
             layers[name] = {"kind": kind, "shape": [*module.matrix_shape], "groups": module.groups, "support": form}
             if module.form != "channel":
-                layers[name] |= {"form": module.form, "taps": module._taps}
+                layers[name]["form"] = module.form
         else:
             layers[name] = layers[owner]
             parts = support.FORMS[layers[owner]["support"]]
@@ -179,7 +179,6 @@ class _Entry:
     groups: int
     support: str | None = None  # None: row_ptr and col_idx themselves, as in version 1
     form: str = "channel"
-    taps: int = 1
 
     def __post_init__(self) -> None:
         if self.kind not in _KINDS:
@@ -187,19 +186,20 @@ class _Entry:
         sizes = [*self.shape, self.groups]
         if len(sizes) != 3 or not all(isinstance(size, int) and size > 0 for size in sizes):
             raise TypeError(f"shape {self.shape!r} with groups {self.groups!r}")
-        if self.form not in forms.FORMS or not isinstance(self.taps, int) or self.taps < 1 or self.shape[1] % self.taps:
-            raise TypeError(f"form {self.form!r} with taps {self.taps!r}")
+        if self.form not in forms.FORMS:
+            raise TypeError(f"form must be one of {', '.join(forms.FORMS)}, got {self.form!r}")
         if not isinstance(self.support, (str, type(None))):
             raise TypeError(f"support {self.support!r}")
 
 
 def _unpack(name: str, entry: _Entry, tensors: dict[str, Tensor]) -> None:
     """Puts row_ptr and col_idx of a layer in the place of its packed support, all parts checked."""
-    (m, n), groups, taps = entry.shape, entry.groups, entry.taps
+    (m, n), groups = entry.shape, entry.groups
     u, v, values = (tensors[_key(name, part)] for part in ("u", "v", "values"))
     for part, tensor, dims in (("u", u, 2), ("v", v, 2), ("values", values, 1)):
         if tensor.dim() != dims or not tensor.is_floating_point():
             raise ValueError(f"{part} must have {dims} dimensions of floats, got {[*tensor.shape]} of {tensor.dtype}")
+    taps = u.shape[0] // m if entry.form == "spatial" else 1  # that it is the kernel's height is seen beside the model
     if u.shape[0] != m * taps or v.shape != (groups * u.shape[1], n // taps):
         got = f"{[*u.shape]} and {[*v.shape]}"
         raise ValueError(f"u and v must be [{m * taps}, r] and [{groups} * r, {n // taps}], got {got}")
@@ -233,8 +233,9 @@ def _layer(path, name: str, entry: _Entry, tensors: dict[str, Tensor], module: n
         raise ValueError(f"load: {path} wants layer {name!r} to be {entry.shape} with {entry.groups} groups, got {got}")
     try:
         forms.check_form("the structure", entry.form, getattr(module, "kernel_size", ()))
-        if forms.taps_of(entry.form, getattr(module, "kernel_size", ())) != entry.taps:
-            raise ValueError(f"a kernel of height {entry.taps} in the file, {module.kernel_size[0]} in the model")
+        taps, rows = forms.taps_of(entry.form, getattr(module, "kernel_size", ())), tensors[_key(name, "u")].shape[0]
+        if rows != m * taps:
+            raise ValueError(f"u must be [{m * taps}, r], got {rows} rows")
     except ValueError as error:
         raise ValueError(f"load: layer {name!r} in {path} is damaged ({error})") from None
     parts = [tensors[_key(name, part)] for part in _PARTS]
