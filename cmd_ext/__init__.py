@@ -34,6 +34,7 @@ from .finetune import finetune  # noqa: E402
 from .inference import fuse  # noqa: E402
 from .io import load, save  # noqa: E402
 from .modules import CMDConv2d, CMDLinear  # noqa: E402
+from .path import decompose_path, decompose_path_batch  # noqa: E402
 from .search import UnsatisfiableError  # noqa: E402
 
 __all__ = [
@@ -46,6 +47,8 @@ __all__ = [
     "compress",
     "decompose",
     "decompose_batch",
+    "decompose_path",
+    "decompose_path_batch",
     "finetune",
     "fuse",
     "load",

@@ -1,29 +1,35 @@
-"""decompose(): W [m, n] -> U [m, r] V [r, n] + S, weight-only.
+"""decompose(): W [m, n] -> U [m, r] V [r, n] + S.
 
-The fit alternates between a low-rank and a sparse projection (GoDec) with three changes that make it both better and
-an order of magnitude cheaper than the textbook form:
+Without data, the fit alternates between a low-rank and a sparse projection (GoDec) with three changes that make it both
+better and an order of magnitude cheaper than the textbook form:
 
 * it starts from the exact rank-r part of W (Gram matrix and eigh on the short side), because the fixed point depends
   on the start and no number of passes repairs a random one;
 * each pass takes ONE subspace step from the previous factors instead of an SVD;
 * the number of nonzeros grows linearly over the first half of the passes (annealing), so that S takes what low rank
   cannot explain, not what it has not explained yet. The error is therefore monotone over the second half only.
+
+With the second moment of the layer's input it is the output that counts. A diagonal moment only scales the columns of
+W; with a full one, data_aware.py goes on where the alternation ended.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from . import dispatch, forms, ops, support
+from . import forms, ops, support
+from .data_aware import SWEEPS, DataAware
+from .metric import Metric
+from .problems import Problem, batches, problems, stacks
+from .projections import Fit, Sparse, leading_part, linear_index
 
+DAMPING = 1e-2
 DEFAULT_COEFFICIENT = 0.7  # the best or near-best share of S on real layers once a third of the entries is kept
 BUDGET_UNITS = ("params", "bytes")
-_EXACT_SIDE = 1024  # up to this short side the start is exact: its cost is a few passes
 
 
 @dataclass
@@ -35,10 +41,13 @@ class Decomposition:
             [m, c, kh, kw] they are [m * kh, r] and [groups * r, c * kw].
         values, row_ptr, col_idx: S over [m, n] in CSR, int32 indices, columns ascending.
         relative_error: ||W - U V - S||_F / ||W||_F (0 for a zero W).
-        history: the relative error after each pass.
+        history: the relative error after each pass; with a moment that is no diagonal, the damped and weighted one
+            after each sweep of the data-aware fit, which is not monotone, and the one of the result.
         groups: row groups, each with its own rank-r part.
         form: "channel" or "spatial".
         kernel_size: (kh, kw); (1, 1) for a matrix.
+        output_error: sqrt(tr(D H D^T) / tr(W H W^T)) with D = W - U V - S and H the second moment as given (0 where
+            the denominator is); None without one.
     """
 
     u: Tensor
@@ -51,6 +60,7 @@ class Decomposition:
     groups: int = 1
     form: str = "channel"
     kernel_size: tuple[int, int] = (1, 1)
+    output_error: float | None = None
 
     @property
     def rank(self) -> int:
@@ -60,13 +70,19 @@ class Decomposition:
     def nnz(self) -> int:
         return self.values.shape[0]
 
+    def to(self, like: Tensor) -> Decomposition:
+        """Itself, on the device and in the dtype of `like`."""
+        self.u, self.v, self.values = (t.to(like) for t in (self.u, self.v, self.values))
+        self.row_ptr, self.col_idx = self.row_ptr.to(like.device), self.col_idx.to(like.device)
+        return self
+
     def to_dense(self) -> Tensor:
         """U V + S as [m, n]."""
         rows, columns, g = self.u.shape[0], self.v.shape[1], self.groups
         dense = torch.bmm(self.u.view(g, rows // g, -1), self.v.view(g, -1, columns)).view(rows, columns)
         if self.form == "spatial":
             dense = forms.restore(dense, self.kernel_size)
-        dense.view(-1)[_linear_index(self.row_ptr, self.col_idx, dense.shape[1])] += self.values
+        dense.view(-1)[linear_index(self.row_ptr, self.col_idx, dense.shape[1])] += self.values
         return dense
 
 
@@ -79,6 +95,7 @@ def split_budget(
     unit: str = "params",
     element: int = 4,
     taps: int = 1,
+    round_to: int = 1,
 ) -> tuple[int, int]:
     """(rank, nnz) of a budget, with B = budget * m * n: nnz = floor(c B), rank = floor((1 - c) B / (m + groups * n)).
 
@@ -93,9 +110,10 @@ def split_budget(
         unit: "params" (an entry of S counts as one) or "bytes" (it has its share of the support, too).
         element: bytes of a value, of which only "bytes" depends.
         taps: kernel_h in the spatial form, where the factored matrix is [m * taps, n / taps].
+        round_to: the rank is rounded down to a multiple of it, and where c > 0 what that frees goes to S.
 
     Raises:
-        ValueError: budget or coefficient outside [0, 1], or an unknown unit.
+        ValueError: budget or coefficient outside [0, 1], an unknown unit, round_to below 1.
 
     Source: Zhang et al., Machine Learning 2022, the sparse coefficient.
     """
@@ -103,15 +121,18 @@ def split_budget(
     for name, value in (("budget", budget), ("sparse_coefficient", coefficient)):
         if not 0 <= value <= 1:
             raise ValueError(f"decompose: {name} must lie in [0, 1], got {value}")
+    if round_to < 1:
+        raise ValueError(f"decompose: round_to must be >= 1, got {round_to}")
     if unit not in BUDGET_UNITS:
         raise ValueError(f"decompose: budget_unit must be one of {', '.join(BUDGET_UNITS)}, got {unit!r}")
     tiny = 1e-9  # 0.3 * 10 must count as 3
-    nnz = int(coefficient * budget * m * n + tiny)
     rows, columns = m * taps, n // taps
-    rank = int((1 - coefficient) * budget * m * n / (rows + groups * columns) + tiny)  # of equal bytes: all are values
-    if unit == "bytes":
-        nnz = support.most_entries(m, n, element, coefficient * budget * m * n * element + tiny)
-    return min(rank, rows // groups, columns), min(nnz, m * n)
+    each = rows + groups * columns  # values of a rank
+    rank = min(int((1 - coefficient) * budget * m * n / each + tiny), rows // groups, columns)
+    freed = rank % round_to
+    entries = coefficient * budget * m * n + (freed * each if coefficient > 0 else 0) + tiny
+    nnz = support.most_entries(m, n, element, entries * element) if unit == "bytes" else int(entries)
+    return rank - freed, min(nnz, m * n)
 
 
 def decompose(
@@ -122,6 +143,10 @@ def decompose(
     budget: float | None = None,
     sparse_coefficient: float | None = None,
     budget_unit: str = "params",
+    second_moment: Tensor | None = None,
+    output_moment: Tensor | None = None,
+    damping: float = DAMPING,
+    round_to: int = 1,
     n_iter: int = 20,
     tol: float = 1e-5,
     groups: int = 1,
@@ -129,6 +154,9 @@ def decompose(
     generator: torch.Generator | None = None,
 ) -> Decomposition:
     """Fits W ~ U V + S with a given rank and number of nonzeros.
+
+    Without moments it minimises ||D||_F with D = W - U V - S, with them tr(G D H D^T): the mean squared error of the
+    layer's output (H), weighted by what the loss makes of it (G).
 
     Args:
         weight: [m, n], or a convolution's [m, channels / groups, kernel_h, kernel_w]; float32, float64, bfloat16 or
@@ -138,24 +166,36 @@ def decompose(
             split_budget).
         budget_unit: what `budget` is a share of: "params" counts an entry of S as one parameter, "bytes" counts what a
             file holds, with the support of S and in the dtype of `weight`.
+        second_moment: H = E[x x^T] of the layer's (unfolded) input, [n, n] or with groups [groups, n, n]; or its
+            diagonal, [n] or [groups, n]. Symmetric up to rounding, positive semidefinite; may be singular.
+        output_moment: G = E[g g^T] of the loss gradient g at the layer's output, [m, m], or its diagonal [m]. With
+            groups only its diagonal blocks count.
+        damping: times the mean of its diagonal, added to the diagonal of a moment, so that directions which the
+            calibration data lack are not free. Without S there is none: U V is the optimum itself.
+        round_to: the rank that a budget gives becomes a multiple of it (see split_budget).
         n_iter: passes; 20 is fast, 40 gains another 1-5 % of error.
         tol: stop when a pass of the second half lowers the error by less than this fraction.
         groups: row groups with a low-rank part each (grouped convolution).
-        form: "channel", or "spatial" for a kernel larger than 1x1: U V is then of the matrix [m * kh, c * kw], two thin
-            convolutions (see forms.py), and a unit of rank costs m * kh + groups * c * kw parameters.
+        form: of the low-rank branch of a convolution's weight: "channel" factors [m, n], "spatial" [m * kernel_h,
+            n / kernel_h], which becomes a 1 x kernel_w and a kernel_h x 1 convolution; without moments only.
         generator: of the random start of large matrices; the result is the same from call to call if None.
 
     Returns:
         A Decomposition in the dtype of `weight`.
 
     Raises:
-        ValueError: no or two kinds of size, a size out of range, a shape that does not fit, NaN or Inf in `weight`.
+        ValueError: no or two kinds of size, a size out of range, a shape that does not fit, NaN or Inf in `weight` or
+            in a moment, a moment that is not symmetric or has negative eigenvalues.
+        TypeError: weight or moment of another dtype.
 
-    Source: Zhou and Tao, ICML 2011 (GoDec) for the alternation; start, warm pass and annealing as told above.
+    Source: Zhou and Tao, ICML 2011 (GoDec) for the alternation; start, warm pass and annealing as told above. Chen et
+    al., NeurIPS 2021 (DRONE) for the optimum without S; Meng et al., ICML 2024 (ALPS) for the ADMM of S.
     """
-    options = {"n_iter": n_iter, "tol": tol, "groups": groups, "form": form, "generator": generator}
     sizes = {"rank": rank, "nnz": nnz, "budget": budget, "sparse_coefficient": sparse_coefficient}
-    return decompose_batch([weight], **sizes, budget_unit=budget_unit, **options)[0]
+    sizes |= {"budget_unit": budget_unit, "round_to": round_to}
+    moments = {"second_moments": [second_moment], "output_moments": [output_moment], "damping": damping}
+    options = {"n_iter": n_iter, "tol": tol, "groups": groups, "form": form, "generator": generator}
+    return decompose_batch([weight], **sizes, **moments, **options)[0]
 
 
 def decompose_batch(
@@ -166,107 +206,145 @@ def decompose_batch(
     budget: float | None = None,
     sparse_coefficient: float | None = None,
     budget_unit: str = "params",
+    second_moments: Sequence[Tensor | None] | None = None,
+    output_moments: Sequence[Tensor | None] | None = None,
+    damping: float = DAMPING,
+    round_to: int = 1,
     n_iter: int = 20,
     tol: float = 1e-5,
     groups: int = 1,
     form: str = "channel",
     generator: torch.Generator | None = None,
 ) -> list[Decomposition]:
-    """`decompose` of several weights; those of one shape, dtype and device are fitted in one batched call.
+    """`decompose` of several weights; those of one shape, dtype and device are fitted in batched calls.
 
-    Args and errors: as decompose. The results come in the order of `weights`. A batch stops when its slowest member
-    meets `tol`.
+    Args and errors: as decompose, with a moment or None per weight. The results come in the order of `weights`. A batch
+    stops when its slowest member meets `tol`.
     """
     if n_iter < 1:
         raise ValueError(f"decompose: n_iter must be >= 1, got {n_iter}")
-    batches = defaultdict(list)
-    for index, weight in enumerate(weights):
-        matrix = _as_matrix(weight, groups, form)
-        taps = forms.taps_of(form, weight.shape[2:])
-        batches[matrix.shape, taps, matrix.dtype, matrix.device].append((index, matrix))
-    results: list[Decomposition | None] = [None] * len(weights)
-    for (shape, taps, dtype, device), members in batches.items():
-        r, k = _sizes(*shape, groups, rank, nnz, budget, sparse_coefficient, budget_unit, dtype.itemsize, taps)
-        here = device if device.type == "cuda" and dispatch.has_cuda_kernels() else torch.device("cpu")
-        stack = torch.stack([matrix for _, matrix in members]).to(here)
-        with torch.no_grad(), torch.autocast(here.type, enabled=False):
-            wide = stack.float() if dtype in (torch.bfloat16, torch.float16) else stack
-            fits = _fit(wide, groups, r, k, n_iter, tol, generator)
-        for (index, _), fit in zip(members, fits, strict=True):
-            fit.u, fit.v, fit.values = (t.to(device, dtype) for t in (fit.u, fit.v, fit.values))
-            fit.row_ptr, fit.col_idx = fit.row_ptr.to(device), fit.col_idx.to(device)
-            fit.form, fit.kernel_size = form, (*weights[index].shape[2:],) or (1, 1)
-            if form == "spatial":
-                sparse = fit.values, fit.row_ptr, fit.col_idx, fit.kernel_size, shape[1]
-                fit.values, fit.row_ptr, fit.col_idx = forms.restore_csr(*sparse)
-            results[index] = fit
+    checked = problems(weights, second_moments, output_moments, groups, damping, form)
+    given = rank, nnz, budget, sparse_coefficient, budget_unit, round_to
+    wanted = [_sizes(p, groups, *given) for p in checked]
+    results: list[Decomposition | None] = [None] * len(checked)
+    for batch in batches(checked):
+        sizes = wanted[batch[0].index]
+        w, h, g = stacks(batch)
+        with torch.no_grad(), torch.autocast(w.device.type, enabled=False):
+            fits = _fit(w, h, g, groups, *sizes, damping, n_iter, tol, generator)
+        for problem, fit in zip(batch, fits, strict=True):
+            results[problem.index] = _in_form(form, fit, problem.kernel_size).to(problem.weight)
     return results
 
 
-def _as_matrix(weight: Tensor, groups: int, form: str) -> Tensor:
-    if weight.dim() not in (2, 4) or weight.numel() == 0:
-        raise ValueError(f"decompose: weight must be a non-empty [m, n] or [m, c, kh, kw], got {[*weight.shape]}")
-    if weight.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
-        raise TypeError(f"decompose: weight must be float32, float64, bfloat16 or float16, got {weight.dtype}")
-    if weight.shape[0] % groups:
-        raise ValueError(f"decompose: groups must divide the {weight.shape[0]} rows, got {groups}")
-    if not weight.isfinite().all():
-        bad = int((~weight.isfinite()).sum())
-        raise ValueError(f"decompose: weight must be finite, got {bad} NaN or Inf among {weight.numel()} entries")
-    forms.check_form("decompose", form, weight.shape[2:])
-    return forms.arrange(weight.detach()) if form == "spatial" else weight.detach().reshape(weight.shape[0], -1)
+def _in_form(form: str, fit: Decomposition, kernel_size: tuple[int, int]) -> Decomposition:
+    """The fit of the arranged matrix as that of the kernel: S over [m, n]."""
+    fit.form, fit.kernel_size = form, kernel_size
+    if form == "spatial":
+        sparse = fit.values, fit.row_ptr, fit.col_idx, kernel_size, fit.v.shape[1]
+        fit.values, fit.row_ptr, fit.col_idx = forms.restore_csr(*sparse)
+    return fit
 
 
-def _sizes(m, n, groups, rank, nnz, budget, coefficient, unit, element, taps) -> tuple[int, int]:
+def _sizes(problem: Problem, groups, rank, nnz, budget, coefficient, unit, round_to) -> tuple[int, int]:
+    (m, n), taps = problem.weight.shape, problem.taps
     if budget is not None:
         if rank is not None or nnz is not None:
             raise ValueError("decompose: give (rank, nnz) or (budget, sparse_coefficient), got both")
-        return split_budget(m // taps, n * taps, budget, coefficient, groups, unit, element, taps)
+        sizes = m // taps, n * taps, budget, coefficient, groups
+        return split_budget(*sizes, unit, problem.weight.element_size(), taps, round_to)
     if rank is None and nnz is None:
         raise ValueError("decompose: give rank and/or nnz, or a budget, got none of them")
     if coefficient is not None:
         raise ValueError("decompose: sparse_coefficient divides a budget, got it without one")
     if unit != "params":
         raise ValueError(f"decompose: budget_unit is what a budget counts, got {unit!r} without one")
-    rank, nnz = rank or 0, nnz or 0
+    if round_to != 1:
+        raise ValueError("decompose: round_to rounds the rank of a budget, got it without one")
+    check_sizes(m, n, groups, rank or 0, nnz or 0, taps)
+    return rank or 0, nnz or 0
+
+
+def check_sizes(m: int, n: int, groups: int, rank: int, nnz: int, taps: int = 1) -> None:
     full = min(m // groups, n)
     if not 0 <= rank <= full:
         raise ValueError(f"decompose: rank must lie in [0, min({forms.sides(taps)})] = [0, {full}], got {rank}")
     if not 0 <= nnz <= m * n:
         raise ValueError(f"decompose: nnz must lie in [0, m * n] = [0, {m * n}], got {nnz}")
-    return rank, nnz
 
 
-def _linear_index(row_ptr: Tensor, col_idx: Tensor, n: int) -> Tensor:
-    """Where the nonzeros lie in the flattened matrix, or in the flattened batch of [b, m + 1] and [b, nnz]."""
-    counts = row_ptr.diff().flatten().long()
-    starts = torch.arange(0, len(counts) * n, n, device=row_ptr.device)
-    return torch.repeat_interleave(starts, counts, output_size=col_idx.numel()).add_(col_idx.flatten())
-
-
-def _fit(w: Tensor, groups: int, rank: int, nnz: int, n_iter: int, tol: float, generator) -> list[Decomposition]:
-    """The alternation on a batch w [b, m, n]."""
+def _fit(w, h, g, groups, rank, nnz, damping, n_iter, tol, generator) -> list[Decomposition]:
+    """Of a batch w [b, m, n], with moments h and g by blocks or None."""
     b, m, n = w.shape
-    blocks = w.view(b * groups, m // groups, n)
+    exact = rank == min(m // groups, n) or nnz == m * n
+    blocks, metric = w.view(b * groups, m // groups, n), None
+    if h is not None or g is not None:
+        metric = Metric(blocks, h, g, groups, damping if nnz else 10 * torch.finfo(w.dtype).eps)
+        blocks = metric.rows * blocks * metric.columns
+    if metric and metric.full and nnz == 0 and not exact:
+        aware = DataAware(metric, blocks, groups)
+        fit = aware.without_sparse(aware.leading(rank, generator))
+    else:
+        fit = alternate(blocks, groups, rank, nnz, n_iter, tol, generator)
+        if metric and metric.full and not exact:
+            fit = DataAware(metric, blocks, groups).improve(fit, SWEEPS * n_iter)
+    if metric:
+        fit = metric.in_weight_units(fit)
+    return results_of(w, fit, groups, h, energies_of(w, groups, h))
+
+
+def alternate(
+    blocks: Tensor,
+    groups: int,
+    rank: int,
+    nnz: int,
+    n_iter: int,
+    tol: float,
+    generator,
+    start=None,
+    s: Sparse | None = None,
+) -> Fit:
+    """The weight-only fit of blocks [b * groups, m / groups, n].
+
+    `start` (u, v) is their leading part if known. With an S (Sparse) the passes go on from there, not annealed.
+    """
+    rows, n = blocks.shape[1:]
+    w = blocks.view(-1, groups * rows, n)
+    b, m = w.shape[:2]
     norms = torch.linalg.vector_norm(w, dim=(1, 2), dtype=torch.float64)
     if rank == 0:
-        u, v = w.new_zeros(b * groups, m // groups, 0), w.new_zeros(b * groups, 0, n)
+        u, v = w.new_zeros(b * groups, rows, 0), w.new_zeros(b * groups, 0, n)
     else:
-        u, v = _leading_part(blocks, rank, generator)
-    history: list[Tensor] = []
+        u, v = start or leading_part(blocks, rank, generator)
+    warm = s is not None
     rest = torch.empty_like(w)
-    passes = n_iter if 0 < rank < min(m // groups, n) and 0 < nnz < m * n else 1
+
+    def follow(s: Sparse) -> tuple[Tensor, Tensor]:
+        rest.copy_(w).view(-1)[s.index(n)] -= s.values.flatten()
+        u = torch.linalg.qr(torch.bmm(rest.view_as(blocks), v.mT)).Q
+        return u, torch.bmm(u.mT, rest.view_as(blocks))
+
+    if warm and rank:
+        u, v = follow(s)
+    history: list[Tensor] = []
+    passes = n_iter if 0 < rank < min(rows, n) and 0 < nnz < m * n else 1
     for t in range(1, passes + 1):
-        growing = 2 * t < passes
+        growing = 2 * t < passes and not warm
         low_rank = u.reshape(b, m, rank), v.reshape(b, groups * rank, n)
-        s = _sparse_part(w, *low_rank, nnz * 2 * t // passes if growing else nnz)
-        history.append(s.error / norms.clamp_min(torch.finfo(torch.float64).tiny))
+        s, left = _residual_part(w, *low_rank, nnz * 2 * t // passes if growing else nnz)
+        history.append(left / norms.clamp_min(torch.finfo(torch.float64).tiny))
         if t == passes or (not growing and len(history) > 1 and not _improves(history, tol)):
             break
-        rest.copy_(w).view(-1)[_linear_index(s.row_ptr, s.col_idx, n)] -= s.values.flatten()
-        u = torch.linalg.qr(torch.bmm(rest.view_as(blocks), v.mT)).Q
-        v = torch.bmm(u.mT, rest.view_as(blocks))
-    return _results(w, u, v, s, groups, history)
+        u, v = follow(s)
+    return Fit(u, v, s, history)
+
+
+def _residual_part(w: Tensor, u: Tensor, v: Tensor, nnz: int) -> tuple[Sparse, Tensor]:
+    """The nnz largest entries of each W - U V, and the norm of what is left after them [b], float64."""
+    residual, *csr = ops.residual_topk_csr(w, u, v, nnz)
+    squares = torch.linalg.vector_norm(residual, dim=2).double().square().sum(1)  # a row is short enough for float32
+    left = squares - torch.linalg.vector_norm(csr[0], dim=1, dtype=torch.float64).square()
+    return Sparse(*csr), left.clamp_min(0).sqrt()
 
 
 def _improves(history: list[Tensor], tol: float) -> bool:
@@ -274,55 +352,38 @@ def _improves(history: list[Tensor], tol: float) -> bool:
     return bool((before - after > tol * before).any())
 
 
-def _leading_part(w: Tensor, rank: int, generator) -> tuple[Tensor, Tensor]:
-    """The exact best rank-r part of each w [b, m, n] as orthonormal u [b, m, r] times v [b, r, n] (or the reverse)."""
-    m, n = w.shape[1:]
-    if rank == min(m, n):  # nothing to approximate
-        identity = torch.eye(rank, dtype=w.dtype, device=w.device).expand(len(w), rank, rank)
-        return (identity, w) if m <= n else (w, identity)
-    if min(m, n) <= _EXACT_SIDE and w.is_cuda:
-        gram = torch.bmm(w, w.mT) if m <= n else torch.bmm(w.mT, w)
-        try:
-            q = torch.linalg.eigh(gram).eigenvectors[..., -rank:].flip(-1)
-        except torch.linalg.LinAlgError:  # an ill-conditioned Gram matrix: the SVD sees W itself, in double
-            u, s, vh = torch.linalg.svd(w.double(), full_matrices=False)
-            return u[..., :rank].to(w), (s[..., :rank, None] * vh[..., :rank, :]).to(w)
-        return (q, torch.bmm(q.mT, w)) if m <= n else (torch.bmm(w, q), q.mT.contiguous())
-    if generator is None:
-        generator = torch.Generator(w.device).manual_seed(0)
-    oversample = min(m, n) if min(m, n) <= _EXACT_SIDE else 8
-    u, s, vh = ops.truncated_svd(w, rank, n_iter=4, oversample=oversample, generator=generator)
-    return u, s[..., None] * vh
-
-
-@dataclass
-class _Sparse:
-    """S of each matrix of a batch as CSR, and the error left after it [b]."""
-
-    values: Tensor
-    row_ptr: Tensor
-    col_idx: Tensor
-    error: Tensor
-
-
-def _sparse_part(w: Tensor, u: Tensor, v: Tensor, nnz: int) -> _Sparse:
-    residual, values, row_ptr, col_idx = ops.residual_topk_csr(w, u, v, nnz)
-    squares = torch.linalg.vector_norm(residual, dim=2).double().square().sum(1)  # a row is short enough for float32
-    left = squares - torch.linalg.vector_norm(values, dim=1, dtype=torch.float64).square()
-    return _Sparse(values, row_ptr, col_idx, left.clamp_min(0).sqrt())
-
-
-def _results(w, u, v, s: _Sparse, groups: int, history: list[Tensor]) -> list[Decomposition]:
-    b, m, n = w.shape
-    u_norm, v_norm = u.norm(dim=1), v.norm(dim=2)
+def results_of(w: Tensor, fit: Fit, groups: int, h: Tensor | None, energies: list[float]) -> list[Decomposition]:
+    """energies: of each w, if there is an h."""
+    (b, m, n), s = w.shape, fit.sparse
+    u_norm, v_norm = fit.u.norm(dim=1), fit.v.norm(dim=2)
     scale = torch.where((u_norm > 0) & (v_norm > 0), (v_norm / u_norm.clamp_min(1e-30)).sqrt(), 1.0)
-    u, v = u * scale[:, None, :], v / scale[:, :, None]
+    u, v = fit.u * scale[:, None, :], fit.v / scale[:, :, None]
     u, v = u.reshape(b, m, -1), v.reshape(b, -1, n)
-    fits = []
+    results = []
     for i in range(b):
         sparse = (t[i].clone() for t in (s.values, s.row_ptr, s.col_idx))
-        fit = Decomposition(u[i].contiguous(), v[i].contiguous(), *sparse, 0.0, [float(h[i]) for h in history], groups)
-        norm = w[i].double().norm()
-        fit.relative_error = float((w[i].double() - fit.to_dense().double()).norm() / norm) if norm > 0 else 0.0
-        fits.append(fit)
-    return fits
+        history = [float(error[i]) for error in fit.history]
+        result = Decomposition(u[i].contiguous(), v[i].contiguous(), *sparse, 0.0, history, groups)
+        norm, rest = _norm(w[i]), w[i] - result.to_dense()
+        result.relative_error = _norm(rest) / norm if norm > 0 else 0.0
+        if h is not None:
+            whole = energies[i]
+            result.output_error = (energy(rest, h[i * groups : (i + 1) * groups]) / whole) ** 0.5 if whole > 0 else 0.0
+        results.append(result)
+    return results
+
+
+def _norm(x: Tensor) -> float:
+    scale = x.abs().amax().clamp_min(torch.finfo(x.dtype).tiny)  # squares of tiny weights must not vanish
+    return float(torch.linalg.vector_norm(x / scale, dim=1).double().norm() * scale)
+
+
+def energies_of(w: Tensor, groups: int, h: Tensor | None) -> list[float]:
+    return [] if h is None else [energy(x, h[i * groups : (i + 1) * groups]) for i, x in enumerate(w)]
+
+
+def energy(x: Tensor, moment: Tensor) -> float:
+    """tr(x H x^T) of x [m, n] and H [groups, n, n] or [groups, n]."""
+    blocks = x.view(len(moment), -1, x.shape[1])
+    moved = blocks * moment[:, None, :] if moment.dim() == 2 else torch.bmm(blocks, moment)
+    return max(0.0, float((moved * blocks).sum(2).double().sum()))

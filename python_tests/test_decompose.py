@@ -218,3 +218,16 @@ def test_decompose_keeps_a_share_of_the_bytes_of_its_dtype(dtype, tmp_path):
     sizes = split_budget(24, 72, 0.5, None, 2, "bytes", dtype.itemsize)
     assert (layer.rank, layer.nnz) == sizes
     assert layer.nnz < decompose(conv.weight, budget=0.5, groups=2).nnz
+
+
+def test_round_to_frees_rank_for_s():
+    assert split_budget(64, 576, 0.5, 0.5) == (14, 9216)
+    assert split_budget(64, 576, 0.5, 0.5, round_to=8) == (8, 9216 + 6 * 640)
+    assert split_budget(64, 576, 0.5, 0.5, round_to=32) == (0, 9216 + 14 * 640)
+    assert split_budget(64, 576, 0.5, 0.0, round_to=8) == (24, 0)  # nothing goes to an S that is not wanted
+    fit = decompose(structured(64, 96, 9), budget=0.5, sparse_coefficient=0.5, round_to=4)
+    assert (fit.rank, fit.nnz) == split_budget(64, 96, 0.5, 0.5, round_to=4) == (8, 1696)
+    with pytest.raises(ValueError, match="round_to must be >= 1, got 0"):
+        split_budget(64, 96, 0.5, 0.5, round_to=0)
+    with pytest.raises(ValueError, match="round_to rounds the rank of a budget, got it without one"):
+        decompose(structured(8, 8, 0), rank=3, round_to=2)

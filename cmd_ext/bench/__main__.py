@@ -16,10 +16,11 @@ import torch
 
 from cmd_ext.bench import report
 from cmd_ext.bench.conv import bench_backward, bench_conv
+from cmd_ext.bench.decompose import bench_decompose
 from cmd_ext.bench.dispatch import bench_dispatch
 from cmd_ext.bench.linear import bench_linear
 from cmd_ext.bench.machine import machine
-from cmd_ext.bench.matrix import bench_decompose, bench_svd, bench_topk
+from cmd_ext.bench.matrix import bench_svd, bench_topk
 from cmd_ext.bench.model import bench_model
 from cmd_ext.bench.network import bench_network
 from cmd_ext.bench.shapes import GRAMMAR, Conv, Matrix, parse
@@ -44,7 +45,7 @@ GROUPS = {
     "linear": Group(bench_linear, "CMDLinear: S, U V + S, overhead of a call", (Matrix,)),
     "conv": Group(bench_conv, "CMDConv2d: S, U V, U V + S over the 3x3 layers of networks", (Conv,)),
     "backward": Group(bench_backward, "gradients of CMDConv2d", (Conv,)),
-    "decompose": Group(bench_decompose, "decompose, in CPU seconds", (Matrix,), WIDE),
+    "decompose": Group(bench_decompose, "decompose and decompose_path, in CPU seconds", (Matrix,), WIDE),
     "network": Group(bench_network, "VGG-16 as a whole; with CMD_EXT_DATA the accuracy of ResNet-56", (), WIDE[:1]),
     "model": Group(bench_model, "predicted and measured milliseconds of held-out layers", (Conv, Matrix), WIDE[:1]),
     "dispatch": Group(bench_dispatch, "backend auto beside the dense twin, every layer (long)", (Conv, Matrix)),

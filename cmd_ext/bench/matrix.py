@@ -1,24 +1,18 @@
-"""Matrices: truncated SVD, exact top-k and decompose."""
+"""Matrices: truncated SVD and exact top-k."""
 
 from __future__ import annotations
 
-import os
-import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-import cmd_ext
-from cmd_ext import forms, models, ops, ref
+from cmd_ext import ops, ref
 from cmd_ext.bench.machine import optional
 from cmd_ext.bench.shapes import Matrix
-from cmd_ext.bench.timing import Call, Case, Goal, Row, Run, Times, error_of, over
-from cmd_ext.decompose import split_budget
+from cmd_ext.bench.timing import Call, Case, Goal, Row, Run, over
 
 
 def structured(m: int, n: int, seed: int = 0) -> Tensor:
@@ -186,62 +180,3 @@ def topk_case(run: Run, shape: Matrix, a: Tensor, density: float) -> Case:
         what = f"{name}: the whole call in times of {READ}"
         goals += (Goal("c", what, 2.0, lambda row: 1 / row.over(READ), at_most=True),)
     return Case(name, {"": lambda: ops.topk_csr(a, nnz)}, check, 0.0, rivals, references, checked=False, goals=goals)
-
-
-# decompose ----------------------------------------------------------------------------------------------------------
-
-PASSES = 100
-
-
-def bench_decompose(run: Run) -> Iterator[Row]:
-    for shape in run.pick(Matrix, (Matrix(384, 384), Matrix(384, 1536)), (Matrix(64, 576),)):
-        w = of_run(run, structured(shape.m, shape.n))
-        rank, nnz = split_budget(shape.m, shape.n, 0.5, 0.5)
-        yield run.measure(decompose_case(run, f"decompose {shape}, budget .5, coefficient .5", w, rank, nnz))
-    if not run.shapes:
-        yield from spatial_row()
-
-
-def spatial_row() -> Iterator[Row]:
-    """The error of both forms on trained 3x3 convolutions: five of layer3 of ResNet-56, without S."""
-    name = "decompose: ResNet-56 layer3, rank only, budget .3, spatial form"
-    if not (folder := os.environ.get("CMD_EXT_DATA")):
-        print(f"{name}: skipped: CMD_EXT_DATA is not set (pretrained/resnet56.safetensors)", file=sys.stderr)
-        return
-    network = models.load_weights(models.create("resnet56"), Path(folder) / "pretrained" / "resnet56.safetensors")
-    convs = [m.weight for n, m in network.named_modules() if n.startswith("layer3") and isinstance(m, nn.Conv2d)]
-    convs = convs[1::4]
-    errors = {}
-    for form in forms.FORMS:
-        fits = cmd_ext.decompose_batch(convs, budget=0.3, sparse_coefficient=0.0, form=form)
-        exact = [
-            (fit.to_dense().double() - w.double().flatten(1)).norm() / w.double().norm()
-            for w, fit in zip(convs, fits, strict=True)
-        ]
-        errors[form] = Times.of([sum(exact).item() / len(convs)])
-    goal = Goal("", f"{name}: mean error", 0.53, lambda row: row.ours.p50, at_most=True)
-    note = f"mean relative error of {len(convs)} layers"
-    yield Row(name, "error", errors["spatial"], {"channel form": errors["channel"]}, note=note, goals=(goal,))
-
-
-def decompose_case(run: Run, name: str, w: Tensor, rank: int, nnz: int) -> Case:
-    def check(fit: cmd_ext.Decomposition) -> float:
-        """How far the fit's own error is from that of its branches in float64; infinite if they have other sizes."""
-        if (fit.rank, fit.nnz) != (rank, nnz):
-            return float("inf")
-        sparse = ref.csr_to_dense(fit.values.double(), fit.row_ptr, fit.col_idx, w.shape[1])
-        return abs(error_of(fit.u.double() @ fit.v.double() + sparse, w.double()) - fit.relative_error)
-
-    def note(fit: cmd_ext.Decomposition, others: dict) -> str:
-        error = next(iter(others.values()), None)
-        if error is None:
-            return f"relative error {fit.relative_error:.4f}"
-        worse = ": WORSE by more than 0.5 %" if fit.relative_error > 1.005 * error else ""
-        return f"relative error {fit.relative_error:.4f} against {error:.4f}{worse}"
-
-    ours: dict[str, Call] = {"": lambda: cmd_ext.decompose(w, rank=rank, nnz=nnz)}
-    rivals: dict[str, Callable] = {f"{PASSES} passes, full SVDs": lambda: ref.alternation(w, rank, nnz, PASSES)}
-    goals = (Goal("", name, 10.0),)
-    clock = time.process_time
-    tolerance = max(1e-4, run.tolerance)
-    return Case(name, ours, check, tolerance, rivals, checked=False, goals=goals, unit="cpu s", clock=clock, note=note)
