@@ -34,6 +34,7 @@ from .finetune import finetune  # noqa: E402
 from .inference import fuse  # noqa: E402
 from .io import load, save  # noqa: E402
 from .modules import CMDConv2d, CMDLinear  # noqa: E402
+from .moments import second_moments  # noqa: E402
 from .path import decompose_path, decompose_path_batch  # noqa: E402
 from .search import UnsatisfiableError  # noqa: E402
 
@@ -55,5 +56,6 @@ __all__ = [
     "profile",
     "recalibrate_batchnorm",
     "save",
+    "second_moments",
     "to_dense",
 ]

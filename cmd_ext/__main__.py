@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 import cmd_ext
-from cmd_ext import data, models
+from cmd_ext import data, models, report, uniform
 from cmd_ext.calibrate import accuracy
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -71,9 +71,32 @@ def _parser() -> argparse.ArgumentParser:
         "--out", type=Path, required=True, help="folder for model.safetensors, plan.json, report.txt, stats.json"
     )
 
-    sub = command("eval", _eval, "top-1 accuracy of a network, dense or saved by compress")
+    sub = command(
+        "eval", _eval, "top-1 accuracy of a network: dense, saved by compress, or at one budget right after the fit"
+    )
     network(sub)
     sub.add_argument("--compressed", type=Path, help="file written by compress or cmd_ext.save")
+    sub.add_argument(
+        "--budget",
+        type=_share,
+        help="compress every convolution of 3x3 and more but the first to this share of its values",
+    )
+    sub.add_argument("--sparse-coefficient", type=float, help="share of S in the budget (default 0.7)")
+    sub.add_argument("--calibration", type=int, default=512, help="training images that the layers are fitted to")
+    sub.add_argument("--no-data-aware", action="store_true", help="fit to the weights alone")
+    sub.add_argument(
+        "--sequential",
+        type=int,
+        nargs="?",
+        const=1,
+        default=0,
+        metavar="LAYERS",
+        help="fit to what compressed layers give",
+    )
+    sub.add_argument(
+        "--recalibrate", choices=uniform.RECALIBRATE, default="auto", help="batch norms: auto goes by calibration loss"
+    )
+    sub.add_argument("--seed", type=int, default=0)
 
     sub = command("profile", _profile, "parameters, bytes, MACs and milliseconds per layer")
     sub.add_argument("--model", required=True)
@@ -168,12 +191,59 @@ def _compress(args: argparse.Namespace) -> None:
     print(f"written to {args.out}")
 
 
+def _share(text: str) -> float:
+    """30% or 0.3."""
+    try:
+        value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        value = 0.0
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"must be a share like 30% or 0.3, got {text!r}")
+    return value
+
+
 def _eval(args: argparse.Namespace) -> None:
+    if args.budget is None and args.sparse_coefficient is not None:
+        raise ValueError("--sparse-coefficient divides a budget, got it without --budget")
+    if args.budget is not None and args.compressed:
+        raise ValueError("--budget compresses a dense network, got --compressed too")
+    torch.manual_seed(args.seed)
     model, test = _network(args), _dataset(args, "test")
     if args.compressed:
         model = cmd_ext.load(args.compressed, model).eval()
-    score = accuracy(model, data.loader(test, args.batch_size, limit=args.limit))
-    print(f"top-1 {100 * score:.2f} % of {min(len(test), args.limit or len(test))} images")
+    tests = data.loader(test, args.batch_size, limit=args.limit)
+    print(f"top-1 {100 * accuracy(model, tests):.2f} % of {min(len(test), args.limit or len(test))} images", flush=True)
+    if args.budget is not None:
+        _eval_budget(args, model, tests)
+
+
+def _eval_budget(args: argparse.Namespace, model: torch.nn.Module, tests) -> None:
+    train = _dataset(args, "train")
+    calibration = list(data.loader(train, args.batch_size, shuffle=True, seed=args.seed, limit=args.calibration))
+    trial = uniform.uniform_trial(
+        model,
+        calibration,
+        lambda network: accuracy(network, tests),
+        budget=args.budget,
+        sparse_coefficient=args.sparse_coefficient,
+        data_aware=not args.no_data_aware,
+        sequential=args.sequential,
+        recalibrate=args.recalibrate,
+        seed=args.seed,
+    )
+    (kept, whole), errors = trial.values, trial.output_errors.values()
+    print(
+        f"compressed: {kept} of {whole} values ({report.share(kept, whole)}) of {len(errors)} convolutions, "
+        f"{len(errors) - len(trial.to_weights)} fitted to {sum(len(y) for _, y in calibration)} training images\n"
+        f"mean output error {sum(errors) / len(errors):.4f}\n"
+        f"CPU seconds: {trial.fit_seconds:.1f} fits, {trial.total_seconds:.1f} with the passes over these images\n"
+        f"without recalibration: top-1 {100 * trial.scores[0]:.2f} %"
+    )
+    if trial.losses is not None:
+        verdict = "undone" if not trial.recalibrated else "kept" if args.recalibrate == "auto" else "kept regardless"
+        before, after = trial.losses
+        losses = f"calibration loss {before:.4f} > {after:.4f}"
+        print(f"recalibration {verdict} ({losses}): top-1 {100 * trial.scores[1]:.2f} %")
 
 
 def _profile(args: argparse.Namespace) -> None:

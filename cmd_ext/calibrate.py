@@ -26,17 +26,19 @@ def batches_of(calibration: Iterable, limit: int | None = None) -> list[Batch]:
     Raises:
         ValueError: it holds no batch.
     """
-    batches = []
-    for item in islice(calibration, limit):
-        pair = isinstance(item, (tuple, list)) and len(item) == 2
-        inputs, targets = item if pair else (item, None)
-        if isinstance(inputs, Mapping) and "labels" in inputs and targets is None:
-            inputs = dict(inputs)
-            targets = inputs.pop("labels")
-        batches.append((inputs, targets))
+    batches = [batch_of(item) for item in islice(calibration, limit)]
     if not batches:
         raise ValueError("calibration: want an iterable of inputs or (inputs, targets), got an empty one")
     return batches
+
+
+def batch_of(item: Any) -> Batch:
+    """One item of an iterable of inputs or (inputs, targets); a mapping's "labels" are its targets."""
+    inputs, targets = item if isinstance(item, (tuple, list)) and len(item) == 2 else (item, None)
+    if isinstance(inputs, Mapping) and "labels" in inputs and targets is None:
+        inputs = dict(inputs)
+        targets = inputs.pop("labels")
+    return inputs, targets
 
 
 def to_device(inputs: Any, device: torch.device) -> Any:

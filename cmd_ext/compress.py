@@ -4,25 +4,26 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
-from difflib import get_close_matches
 from typing import Any
 
 import torch
 from torch import nn
 
-from . import forms, report, search
+from . import distributed, forms, report, search
 from .calibrate import batches_of, divergence, outputs, recalibrate_if_better
+from .candidates import LAYER_OF, MIN_SIZE, candidates
 from .cost import CMD_LAYERS, Profile, profile_together
-from .decompose import decompose
-from .modules import CMDConv2d, CMDLinear, replace
+from .modules import replace
+from .refit import MEMORY, Fit, fit_layers
 
 PLAN_VERSION = 2  # 1 knows the channel form only and is written where that is enough
 CONSTRAINTS = ("params", "macs", "bytes")
 SEARCHES = ("allocate", "uniform")
-MIN_SIZE = 1024  # weights below which a layer is left alone: nothing to gain
-_LAYER_OF = {nn.Conv2d: CMDConv2d, nn.Linear: CMDLinear}
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -33,15 +34,20 @@ class Plan:
         layers: name -> {"rank", "nnz", "shape": [m, n], "groups"}, and "form" where it is not "channel".
         skipped: name -> why the layer stays dense.
         n_iter: passes of the fit.
+        data_aware: whether the layers were fitted to calibration data.
+        sequential: layers a pass of a sequential fit; 0 if it was none.
     """
 
     layers: dict[str, dict]
     skipped: dict[str, str] = field(default_factory=dict)
     n_iter: int = 20
+    data_aware: bool = False
+    sequential: int = 0
 
     def to_json(self) -> str:
         version = 2 if any("form" in entry for entry in self.layers.values()) else 1
-        content = {"cmd_ext_plan": version, "n_iter": self.n_iter, "layers": self.layers, "skipped": self.skipped}
+        fit = {"n_iter": self.n_iter, "data_aware": self.data_aware, "sequential": self.sequential}
+        content = {"cmd_ext_plan": version, **fit, "layers": self.layers, "skipped": self.skipped}
         return json.dumps(content, indent=2)
 
     @classmethod
@@ -69,7 +75,8 @@ class Plan:
                     layers[name]["form"] = entry["form"]
                     if entry["form"] not in forms.FORMS:
                         raise ValueError(f"Plan: want a form {' or '.join(forms.FORMS)}, got {entry['form']!r}")
-            return cls(layers, dict(content["skipped"]), int(content["n_iter"]))
+            how = bool(content.get("data_aware", False)), int(content.get("sequential", 0))  # older plans lack them
+            return cls(layers, dict(content["skipped"]), int(content["n_iter"]), *how)
         except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"Plan: want the JSON of Plan.to_json, got {text[:40]!r}... ({error!r})") from None
 
@@ -87,6 +94,8 @@ class LayerStats:
     macs: tuple[int, int]
     ms: tuple[float | None, float | None]
     note: str
+    output_error: float | None = None  # ||Y - Y'|| / ||Y|| of its outputs on the calibration data
+    fitted_to: str | None = None  # "data" or "weights"
 
 
 @dataclass
@@ -116,11 +125,17 @@ class Stats:
         for layer in self.layers:
             sizes = ["-" if v is None else str(v) for v in (layer.rank, layer.nnz)]
             costs = [pair(layer.params), pair(layer.bytes), pair(layer.macs), times(layer.ms)]
-            rows.append([layer.name, layer.shape, *sizes, *costs])
-        total = ["total", "", "", "", pair(self.params), pair(self.bytes), pair(self.macs), times(self.ms)]
+            error = "-" if layer.output_error is None else f"{layer.output_error:.4f}"
+            rows.append([layer.name, layer.shape, *sizes, *costs, error])
+        errors = [layer.output_error for layer in self.layers if layer.output_error is not None]
+        mean = f"mean {sum(errors) / len(errors):.4f}" if errors else "-"
+        total = ["total", "", "", "", pair(self.params), pair(self.bytes), pair(self.macs), times(self.ms), mean]
         gains = [report.ratio(*values) for values in (self.params, self.bytes, self.macs, self.ms)]
-        header = ("layer", "shape", "rank", "nnz", "params", "bytes", "MACs", "ms")
-        lines = [report.table(header, rows, [total, ["smaller / faster by", "", "", "", *gains]])]
+        header = ("layer", "shape", "rank", "nnz", "params", "bytes", "MACs", "ms", "output error")
+        lines = [report.table(header, rows, [total, ["smaller / faster by", "", "", "", *gains, ""]])]
+        to_weights = [layer.name for layer in self.layers if layer.fitted_to == "weights"]
+        if errors and to_weights:
+            lines.append(f"fitted to their weights, which gave no larger output error: {', '.join(to_weights)}")
         if self.score[0] is not None:
             lines.append(f"score: {self.score[0]:.4f} dense, {self.score[1]:.4f} compressed")
         if self.batchnorm is not None:
@@ -161,6 +176,9 @@ def compress(
     min_size: int = MIN_SIZE,
     form: str = "auto",
     n_iter: int = 20,
+    data_aware: bool = True,
+    sequential: int = False,
+    memory: int = MEMORY,
     seed: int = 0,
     progress: bool = True,
 ) -> Result:
@@ -173,7 +191,8 @@ def compress(
             "macs" (of one call on example_inputs), "bytes" (all tensors of the saved file, with the supports of S).
             All must hold.
         calibration: batches of inputs or (inputs, targets): a few hundred samples steer the allocation by the
-            network's own outputs, and batch-norm statistics are recalibrated where that lowers the loss on them.
+            network's own outputs, the chosen sizes are fitted to the layers' outputs on them, and batch-norm
+            statistics are recalibrated where that lowers the loss on them.
         evaluate: score of a model, higher is better; reported before and after.
         search: "allocate" (per-layer error curves, least predicted loss) or "uniform" (one budget for all layers; a
             share of their bytes where "bytes" is the only constraint, of their parameters otherwise).
@@ -183,11 +202,21 @@ def compress(
             "dense"; beside these a "form", "channel" if there is none.
         round_to: ranks are multiples of this.
         min_size: layers with fewer weights stay dense.
-        form: of the low-rank branch of k x k convolutions: "channel", "spatial" (1 x k, then k x 1), or "auto": for
-            "allocate" the better one of each layer under the constraints, for "uniform" "channel".
+        form: of the low-rank branch of k x k convolutions: "channel", "spatial" (1 x k, then k x 1; fitted to the
+            weight alone), or "auto": the better one of each layer under the constraints for "allocate" without
+            data-aware fits, else "channel".
         n_iter: passes of the final fit.
-        seed: of the calibration-free random choices; the result is reproducible.
+        data_aware: with calibration data, keep for each layer whichever fit has the smaller output error: to its
+            weight, or to its outputs. False: to the weights only.
+        sequential: fit layer after layer, each to inputs from the compressed layers before it and to the outputs of the
+            dense network, which mends a part of their error. It is the number of layers that share a pass over the
+            calibration data through both networks: True is 1, best and slowest; 4 takes a quarter of the passes.
+        memory: bytes of second moments that the final fit holds at once.
+        seed: of the random choices, such as the rows of calibration images; the result is reproducible.
         progress: show a bar (with tqdm) or lines.
+
+    With an initialised process group every rank must call it, with its own share of the calibration data: the final
+    fit uses all of it, the search and the batch-norm statistics that of the first rank. All ranks get the same network.
 
     Returns:
         A Result; print(result.stats) shows what happened to every layer and why.
@@ -204,6 +233,8 @@ def compress(
         raise ValueError(f"compress: form must be one of auto, {', '.join(forms.FORMS)}, got {form!r}")
     if round_to < 1:
         raise ValueError(f"compress: round_to must be >= 1, got {round_to}")
+    if sequential < 0:
+        raise ValueError(f"compress: sequential must be a number of layers, 0 for none, got {sequential}")
     torch_rng = torch.random.get_rng_state()
     torch.manual_seed(seed)
     try:
@@ -214,98 +245,39 @@ def compress(
         dense_profile = profile_together([compressed], example_inputs, repeats=1)[0]
         limits = _limits(constraints, dense_profile)
         reference = outputs(compressed, batches)
-        if form == "auto" and search == "uniform":
+        if form == "auto" and (search == "uniform" or (batches and data_aware)):
             form = "channel"
         layers, pinned = _layers(compressed, chosen, overrides, dense_profile, form)
-        choice, trade_off = _search(
-            search,
-            compressed,
-            layers,
-            pinned,
-            batches,
-            reference,
-            limits,
-            dense_profile,
-            sparse_coefficient,
-            round_to,
-            progress,
+        choice, trade_off = distributed.first_rank_does(
+            lambda: _search(
+                search,
+                compressed,
+                layers,
+                pinned,
+                batches,
+                reference,
+                limits,
+                dense_profile,
+                sparse_coefficient,
+                round_to,
+                progress,
+            )
         )
         plan = _plan(layers, pinned, choice, skipped, n_iter)
-        compressed = apply_plan(compressed, plan, progress=progress)
-        recalibration = recalibrate_if_better(compressed, batches, reference) if batches else None
+        fitted_to = batches if data_aware else []
+        plan.data_aware, plan.sequential = bool(fitted_to), int(sequential) if fitted_to else 0
+        compressed, fits = _apply(compressed, plan, fitted_to, memory, seed, progress)
+        recalibration = None
+        if batches:
+            recalibration = distributed.first_rank_does(lambda: recalibrate_if_better(compressed, batches, reference))
+        if distributed.world_size() > 1:
+            distributed.copy_from_first_rank(compressed)
         scores = (evaluate(model), evaluate(compressed)) if evaluate else (None, None)
         before, after = profile_together([model, compressed], example_inputs)
-        stats = _stats(before, after, plan, scores, recalibration)
+        stats = _stats(before, after, plan, fits, scores, recalibration)
         return Result(compressed, plan, stats, trade_off)
     finally:
         torch.random.set_rng_state(torch_rng)
-
-
-def candidates(
-    model: nn.Module,
-    filter_fn: Callable[[str, nn.Module], bool] | None = None,
-    overrides: dict | None = None,
-    min_size: int = MIN_SIZE,
-) -> tuple[list[str], dict[str, str]]:
-    """The names of the layers that may be compressed, and the reason of every other layer with a weight."""
-    overrides = overrides or {}
-    names = {name for name, _ in model.named_modules()}
-    for name in overrides:
-        if name not in names:
-            near = get_close_matches(name, names, 1)
-            raise ValueError(
-                f"compress: overrides names no layer {name!r}" + (f"; did you mean {near[0]!r}?" if near else "")
-            )
-    chosen, skipped, owners = [], {}, _owners(model)
-    for name, module in model.named_modules():
-        reason = _reason(name, module, owners, filter_fn, overrides.get(name), min_size)
-        if reason is None:
-            chosen.append(name)
-        elif reason:
-            skipped[name] = reason
-    return chosen, skipped
-
-
-def _owners(model: nn.Module) -> dict[int, list[str]]:
-    """Every place that holds each parameter."""
-    owners: dict[int, list[str]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                owners.setdefault(id(parameter), []).append(name)
-    return owners
-
-
-def _reason(name, module, owners, filter_fn, override, min_size) -> str | None:
-    """Why a layer stays dense; None if it may be compressed, "" if it is no weight layer at all."""
-    weight = module._parameters.get("weight")
-    if isinstance(module, CMD_LAYERS):
-        return "is compressed already"
-    if isinstance(module, nn.modules.conv._ConvTransposeNd):
-        return "transposed convolution"
-    if isinstance(module, (nn.Conv1d, nn.Conv3d)):
-        return f"{type(module).__name__} has no compressed form"
-    if not isinstance(module, (nn.Conv2d, nn.Linear)):
-        return ""
-    if type(module) not in _LAYER_OF:
-        base = "nn.Conv2d" if isinstance(module, nn.Conv2d) else "nn.Linear"
-        return f"{type(module).__name__} is a subclass of {base}; its owner may use the weight itself"
-    if weight is None:
-        return "weight is parametrised"
-    if len(owners[id(weight)]) > 1:
-        other = next((o for o in owners[id(weight)] if o != name), name)
-        return f"shared weight (also {other})"
-    if override == "dense":
-        return "dense by overrides"
-    if override is not None:
-        return None
-    if filter_fn is not None and not filter_fn(name, module):
-        return "excluded by filter_fn"
-    if isinstance(module, nn.Conv2d) and module.groups == module.in_channels and module.groups > 1:
-        return f"depthwise convolution, {weight[0].numel()} weights a channel"
-    if weight.numel() < min_size:
-        return f"too small: {weight.numel()} weights, fewer than min_size = {min_size}"
-    return None
 
 
 def _limits(constraints: dict[str, str | float], dense: Profile) -> dict[str, float]:
@@ -423,21 +395,48 @@ def _plan(layers, pinned, choice, skipped, n_iter) -> Plan:
     return plan
 
 
-def apply_plan(fresh_model: nn.Module, plan: Plan, *, progress: bool = False) -> nn.Module:
+def apply_plan(
+    fresh_model: nn.Module,
+    plan: Plan,
+    *,
+    calibration: Iterable | None = None,
+    memory: int = MEMORY,
+    seed: int = 0,
+    progress: bool = False,
+) -> nn.Module:
     """Decomposes the layers of a trained network as a plan says, in place.
 
+    Args:
+        fresh_model: the network whose plan it is.
+        plan: from compress.
+        calibration: batches as for compress: the layers are fitted to their outputs on them, sequentially where the
+            plan says so. None: to their weights, which is less than what a plan with data_aware=True stands for.
+        memory, seed: as for compress.
+        progress: show a bar (with tqdm).
+
     Returns:
-        fresh_model (or its replacement, where the model itself is one layer). The same weights and plan give the same
-        result.
+        fresh_model (or its replacement, where the model itself is one layer). The same weights, plan and calibration
+        data give the same result; batch-norm statistics are left alone.
 
     Raises:
-        ValueError: the plan names a layer that is missing or has another shape; the model is then unchanged.
+        ValueError: the plan names a layer that is missing or has another shape, no batch, NaN or Inf in the data; the
+            model is then unchanged.
     """
-    modules = dict(fresh_model.named_modules())
+    batches = batches_of(calibration) if calibration is not None else []
+    if plan.data_aware and not batches:
+        _log.warning("apply_plan: the plan was fitted to calibration data; without it, layers are fitted to weights")
+    return _apply(fresh_model, plan, batches, memory, seed, progress)[0]
+
+
+def _apply(
+    model: nn.Module, plan: Plan, batches: list, memory: int, seed: int, progress: bool
+) -> tuple[nn.Module, dict[str, Fit]]:
+    """apply_plan, with how each layer was fitted."""
+    modules = dict(model.named_modules())
     for name, entry in plan.layers.items():
         module = modules.get(name)
         got = f"no {name!r}" if module is None else f"{type(module).__name__} {name!r}"
-        if type(module) in _LAYER_OF:
+        if type(module) in LAYER_OF:
             shape, groups = [len(module.weight), module.weight[0].numel()], getattr(module, "groups", 1)
             if (shape, groups) == (entry["shape"], entry["groups"]):
                 forms.check_form(f"apply_plan: {name!r}", entry.get("form", "channel"), module.weight.shape[2:])
@@ -446,13 +445,17 @@ def apply_plan(fresh_model: nn.Module, plan: Plan, *, progress: bool = False) ->
         wanted = f"a convolution or linear layer {name!r} {entry['shape']} with {entry['groups']} groups"
         raise ValueError(f"apply_plan: the plan wants {wanted}, got {got}")
     with _Bar(len(plan.layers), "decompose", progress) as bar:
-        for name, entry in plan.layers.items():
-            dense = modules[name]
-            sizes = {"rank": entry["rank"], "nnz": entry["nnz"], "groups": entry["groups"]}
-            fit = decompose(dense.weight, n_iter=plan.n_iter, form=entry.get("form", "channel"), **sizes)
-            fresh_model = replace(fresh_model, name, _LAYER_OF[type(dense)]._from_fit(dense, fit))
-            bar.step()
-    return fresh_model
+        options = {"n_iter": plan.n_iter, "sequential": plan.sequential, "memory": memory, "seed": seed}
+        fits = fit_layers(model, plan.layers, batches, step=bar.step, **options)
+    return apply_fits(model, fits), fits
+
+
+def apply_fits(model: nn.Module, fits: dict[str, Fit]) -> nn.Module:
+    """Puts fitted layers in the place of the dense ones; returns the model (or the layer that replaces it)."""
+    for name, fit in fits.items():
+        dense = model.get_submodule(name)
+        model = replace(model, name, LAYER_OF[type(dense)]._from_fit(dense, fit.decomposition))
+    return model
 
 
 def to_dense(model: nn.Module) -> nn.Module:
@@ -464,14 +467,16 @@ def to_dense(model: nn.Module) -> nn.Module:
     return dense
 
 
-def _stats(before: Profile, after: Profile, plan: Plan, scores, recalibration) -> Stats:
+def _stats(before: Profile, after: Profile, plan: Plan, fits: dict[str, Fit], scores, recalibration) -> Stats:
     rows = []
     for old, new in zip(before, after, strict=True):
         if old.macs == 0 and old.name not in plan.skipped:
             continue  # normalisations and the like: in the totals only
         pairs = {kind: (getattr(old, kind), getattr(new, kind)) for kind in ("params", "bytes", "macs", "ms")}
         note = plan.skipped.get(old.name, "")
-        rows.append(LayerStats(old.name, new.shape, new.rank, new.nnz, *pairs.values(), note))
+        fit = fits.get(old.name, fits.get("") if len(before) == 1 else None)
+        how = (fit.output_error, "data" if fit.data_aware else "weights") if fit else ()
+        rows.append(LayerStats(old.name, new.shape, new.rank, new.nnz, *pairs.values(), note, *how))
     totals = [(getattr(before.total, kind), getattr(after.total, kind)) for kind in ("params", "bytes", "macs", "ms")]
     return Stats(rows, plan.skipped, *totals, tuple(scores), recalibration)
 

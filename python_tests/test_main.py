@@ -47,6 +47,52 @@ def test_compress_finetune_and_eval(images, tmp_path, capsys):
     assert "CMDConv2d" in capsys.readouterr().out
 
 
+def test_eval_at_one_budget(images, capsys):
+    network = ["--model", "resnet20", "--data", str(images), "--batch-size", "20", "--calibration", "40"]
+    printed = {}
+    for key, more in {
+        "aware": ["--sequential"],
+        "plain": ["--no-data-aware", "--recalibrate", "never"],
+        "always": ["--recalibrate", "always"],
+    }.items():
+        assert main(["eval", *network, "--budget", "30%", "--sparse-coefficient", "0.85", *more]) == 0
+        printed[key] = capsys.readouterr().out
+    lines = printed["aware"].splitlines()
+    assert re.fullmatch(r"top-1 \d+\.\d\d % of 30 images", lines[0])
+    assert re.fullmatch(
+        r"compressed: 80\d{3} of 267264 values \(30\.0 %\) of 18 convolutions, 18 fitted to 40 training images",
+        lines[1],
+    )
+    errors = {key: float(re.search(r"mean output error (\d\.\d{4})", text).group(1)) for key, text in printed.items()}
+    assert errors["aware"] < 0.9 * errors["plain"]
+    assert re.fullmatch(r"CPU seconds: \d+\.\d fits, \d+\.\d with the passes over these images", lines[3])
+    assert re.fullmatch(r"without recalibration: top-1 \d+\.\d\d %", lines[4])
+    loss = r"\(calibration loss \d+\.\d{4} > \d+\.\d{4}\): top-1 \d+\.\d\d %"
+    assert re.fullmatch(r"recalibration (kept|undone) " + loss, lines[5])
+    assert "0 fitted to 40 training images" in printed["plain"]
+    assert "recalibration" not in printed["plain"].splitlines()[-1].removeprefix("without recalibration")
+    assert re.search(r"recalibration kept regardless " + loss, printed["always"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--sparse-coefficient", "0.5"], "--sparse-coefficient divides a budget, got it without --budget"),
+        (["--budget", "30%", "--compressed", "x"], "--budget compresses a dense network, got --compressed too"),
+        (["--budget", "30%", "--sparse-coefficient", "2"], "sparse_coefficient must lie in [0, 1], got 2.0"),
+    ],
+)
+def test_bad_budgets_give_one_line(images, capsys, arguments, message):
+    assert main(["eval", "--model", "resnet20", "--data", str(images), *arguments]) == 1
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("cmd_ext eval: ")
+    assert error.endswith(message)
+    for budget in ("0", "2", "few"):
+        with pytest.raises(SystemExit):
+            main(["eval", "--model", "resnet20", "--data", str(images), "--budget", budget])
+        assert f"--budget: must be a share like 30% or 0.3, got '{budget}'" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
