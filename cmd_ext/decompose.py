@@ -374,6 +374,9 @@ def results_of(w: Tensor, fit: Fit, groups: int, h: Tensor | None, energies: lis
 
 
 def _norm(x: Tensor) -> float:
+    norm = float(torch.linalg.vector_norm(x, dim=1).double().norm())
+    if 1e-12 < norm < 1e12:
+        return norm
     scale = x.abs().amax().clamp_min(torch.finfo(x.dtype).tiny)  # squares of tiny weights must not vanish
     return float(torch.linalg.vector_norm(x / scale, dim=1).double().norm() * scale)
 
