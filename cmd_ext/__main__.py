@@ -19,6 +19,7 @@ import torch.nn.functional as F
 import cmd_ext
 from cmd_ext import data, models, report, uniform
 from cmd_ext.calibrate import accuracy
+from cmd_ext.compress import SEARCHES
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
@@ -81,7 +82,10 @@ def _parser() -> argparse.ArgumentParser:
         type=_share,
         help="compress every convolution of 3x3 and more but the first to this share of its values",
     )
-    sub.add_argument("--sparse-coefficient", type=float, help="share of S in the budget (default 0.7)")
+    sub.add_argument(
+        "--search", choices=SEARCHES, default="uniform", help="the same share for each of them, or one share of all"
+    )
+    sub.add_argument("--sparse-coefficient", type=float, help="share of S in a uniform budget (default 0.7)")
     sub.add_argument("--calibration", type=int, default=512, help="training images that the layers are fitted to")
     sub.add_argument("--no-data-aware", action="store_true", help="fit to the weights alone")
     sub.add_argument(
@@ -205,6 +209,10 @@ def _share(text: str) -> float:
 def _eval(args: argparse.Namespace) -> None:
     if args.budget is None and args.sparse_coefficient is not None:
         raise ValueError("--sparse-coefficient divides a budget, got it without --budget")
+    if args.search == "allocate" and args.budget is None:
+        raise ValueError("--search allocate divides a budget, got it without --budget")
+    if args.search == "allocate" and args.sparse_coefficient is not None:
+        raise ValueError("--search allocate chooses the sparse coefficients, got --sparse-coefficient too")
     if args.budget is not None and args.compressed:
         raise ValueError("--budget compresses a dense network, got --compressed too")
     torch.manual_seed(args.seed)
@@ -220,11 +228,12 @@ def _eval(args: argparse.Namespace) -> None:
 def _eval_budget(args: argparse.Namespace, model: torch.nn.Module, tests) -> None:
     train = _dataset(args, "train")
     calibration = list(data.loader(train, args.batch_size, shuffle=True, seed=args.seed, limit=args.calibration))
-    trial = uniform.uniform_trial(
+    trial = uniform.budget_trial(
         model,
         calibration,
         lambda network: accuracy(network, tests),
         budget=args.budget,
+        search=args.search,
         sparse_coefficient=args.sparse_coefficient,
         data_aware=not args.no_data_aware,
         sequential=args.sequential,
@@ -232,11 +241,13 @@ def _eval_budget(args: argparse.Namespace, model: torch.nn.Module, tests) -> Non
         seed=args.seed,
     )
     (kept, whole), errors = trial.values, trial.output_errors.values()
+    search = f"{trial.search_seconds:.1f} search, " if args.search == "allocate" else ""
     print(
         f"compressed: {kept} of {whole} values ({report.share(kept, whole)}) of {len(errors)} convolutions, "
         f"{len(errors) - len(trial.to_weights)} fitted to {sum(len(y) for _, y in calibration)} training images\n"
-        f"mean output error {sum(errors) / len(errors):.4f}\n"
-        f"CPU seconds: {trial.fit_seconds:.1f} fits, {trial.total_seconds:.1f} with the passes over these images\n"
+        f"mean output error {sum(errors) / max(1, len(errors)):.4f}\n"
+        f"CPU seconds: {search}{trial.fit_seconds:.1f} fits, "
+        f"{trial.total_seconds:.1f} with the passes over these images\n"
         f"without recalibration: top-1 {100 * trial.scores[0]:.2f} %"
     )
     if trial.losses is not None:

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import distributed, forms, report, search
-from .calibrate import batches_of, divergence, outputs, recalibrate_if_better
+from . import curves, distributed, forms, report, search
+from .calibrate import batches_of, outputs, recalibrate_if_better
 from .candidates import LAYER_OF, MIN_SIZE, candidates
 from .cost import CMD_LAYERS, Profile, profile_together
 from .modules import replace
@@ -194,7 +194,8 @@ def compress(
             network's own outputs, the chosen sizes are fitted to the layers' outputs on them, and batch-norm
             statistics are recalibrated where that lowers the loss on them.
         evaluate: score of a model, higher is better; reported before and after.
-        search: "allocate" (per-layer error curves, least predicted loss) or "uniform" (one budget for all layers; a
+        search: "allocate" (per-layer error curves, with calibration data those of the fits to them, and least predicted
+            loss) or "uniform" (one budget for all layers; a
             share of their bytes where "bytes" is the only constraint, of their parameters otherwise).
         sparse_coefficient: of "uniform"; 0.7 if None. "allocate" chooses it per layer.
         filter_fn: (name, module) -> compress this layer?
@@ -211,12 +212,13 @@ def compress(
         sequential: fit layer after layer, each to inputs from the compressed layers before it and to the outputs of the
             dense network, which mends a part of their error. It is the number of layers that share a pass over the
             calibration data through both networks: True is 1, best and slowest; 4 takes a quarter of the passes.
-        memory: bytes of second moments that the final fit holds at once.
+        memory: bytes of second moments that the error curves and the final fit hold at once.
         seed: of the random choices, such as the rows of calibration images; the result is reproducible.
         progress: show a bar (with tqdm) or lines.
 
-    With an initialised process group every rank must call it, with its own share of the calibration data: the final
-    fit uses all of it, the search and the batch-norm statistics that of the first rank. All ranks get the same network.
+    With an initialised process group every rank must call it, with its own share of the calibration data: the fits, those
+    of the error curves too, use all of it; the losses that a search measures and the batch-norm statistics use that of
+    the first rank. All ranks get the same network.
 
     Returns:
         A Result; print(result.stats) shows what happened to every layer and why.
@@ -248,22 +250,23 @@ def compress(
         if form == "auto" and (search == "uniform" or (batches and data_aware)):
             form = "channel"
         layers, pinned = _layers(compressed, chosen, overrides, dense_profile, form)
-        choice, trade_off = distributed.first_rank_does(
-            lambda: _search(
-                search,
-                compressed,
-                layers,
-                pinned,
-                batches,
-                reference,
-                limits,
-                dense_profile,
-                sparse_coefficient,
-                round_to,
-                progress,
-            )
+        choice, trade_off = _search(
+            search,
+            compressed,
+            layers,
+            pinned,
+            batches,
+            reference,
+            limits,
+            dense_profile,
+            sparse_coefficient,
+            round_to,
+            progress,
+            data_aware=data_aware,
+            memory=memory,
+            seed=seed,
         )
-        plan = _plan(layers, pinned, choice, skipped, n_iter)
+        plan = plan_of(layers, pinned, choice, skipped, n_iter)
         fitted_to = batches if data_aware else []
         plan.data_aware, plan.sequential = bool(fitted_to), int(sequential) if fitted_to else 0
         compressed, fits = _apply(compressed, plan, fitted_to, memory, seed, progress)
@@ -342,9 +345,9 @@ def _override_sizes(name: str, entry: Any, layer: search.Layer) -> tuple[int, in
 
 
 def _search(
-    kind, model, layers, pinned, batches, reference, limits, dense: Profile, coefficient, round_to, progress
+    kind, model, layers, pinned, batches, reference, limits, dense: Profile, coefficient, round_to, progress, **fit
 ) -> tuple[search.Choice, list[dict]]:
-    """Chooses the candidate of every layer that is not pinned."""
+    """Chooses the candidate of every layer that is not pinned; `fit` holds options of network_curves."""
     free = [layer for layer in layers if layer.name not in pinned]
     fixed = {c: float(getattr(dense.total, c)) for c in CONSTRAINTS}
     for layer in layers:
@@ -352,34 +355,22 @@ def _search(
         for c, whole in layer.costs(None, None).items():
             fixed[c] += costs[c] - whole
     if kind == "uniform":
-        return search.uniform(free, coefficient, fixed, limits, round_to), []
-    with _Bar(len(free), "error curves", progress) as bar:
-        curves = search.error_curves(free, round_to=round_to, step=bar.step)
-    search.check_reachable(curves, fixed, limits)
-    if batches:
-        sample, expected = _first_samples(batches, reference)
-        with _Bar(3 * len(free), "sensitivity", progress) as bar:
-            search.measure_losses(
-                free,
-                curves,
-                {layer.name: model.get_submodule(layer.name) for layer in free},
-                lambda: divergence(expected, outputs(model, sample)),
-                bar.step,
-            )
-    trade_off = search.front(curves, fixed, next(iter(limits)))
-    return search.allocate(curves, fixed, limits), trade_off
+        return distributed.first_rank_does(lambda: (search.uniform(free, coefficient, fixed, limits, round_to), []))
+    if batches and fit["data_aware"]:  # before fits that take their time
+        distributed.first_rank_does(lambda: search.check_reachable(curves.smallest(free, round_to), fixed, limits))
+    with _Bar((4 if batches else 1) * len(free), "error curves", progress) as bar:
+        found = curves.network_curves(model, free, batches, reference, round_to=round_to, step=bar.step, **fit)
+
+    def allocated() -> tuple[search.Choice, list[dict]]:
+        search.check_reachable(found, fixed, limits)
+        trade_off = search.front(found, fixed, next(iter(limits)))
+        return search.allocate(found, fixed, limits), trade_off
+
+    return distributed.first_rank_does(allocated)
 
 
-def _first_samples(batches, reference, samples: int = 256):
-    """The leading batches that hold `samples` samples: enough to rank layers."""
-    used = count = 0
-    while used < len(reference) and count < samples:
-        count += len(reference[used])
-        used += 1
-    return batches[:used], reference[:used]
-
-
-def _plan(layers, pinned, choice, skipped, n_iter) -> Plan:
+def plan_of(layers, pinned, choice, skipped, n_iter: int = 20) -> Plan:
+    """What a search chose, and what overrides pinned."""
     plan = Plan({}, dict(skipped), n_iter)
     for layer in layers:
         if layer.name in pinned:

@@ -89,7 +89,7 @@ def fit_layers(
     fits: dict[str, Fit] = {}
     calls = _called(model, layers, batches) if sequential else dict.fromkeys(layers, 0)
     compressed = copy.deepcopy(model) if sequential else model
-    for names in _groups([*calls], modules, memory, max_features, int(sequential) or len(calls)):
+    for names in memory_groups([*calls], modules, memory, max_features, int(sequential)):
         how = {"max_features": max_features, "seed": seed}
         if sequential:
             moments = paired_moments(compressed, model, batches, {name: calls[name] for name in names}, **how)
@@ -168,10 +168,10 @@ def _better(weight: Tensor, plain: Decomposition, by_data: Decomposition | None,
     return Fit(plain, error)
 
 
-def _groups(
-    names: list[str], modules: dict[str, nn.Module], memory: int, max_features: int, most: int
+def memory_groups(
+    names: list[str], modules: dict[str, nn.Module], memory: int, max_features: int, most: int = 0
 ) -> Iterator[list[str]]:
-    """Runs of at most `most` layers whose second moments fit into `memory` bytes together."""
+    """Runs of layers, at most `most` if that is not 0, whose second moments fit into `memory` bytes together."""
     group, held = [], 0
     for name in names:
         size = moment_bytes(modules[name], max_features)

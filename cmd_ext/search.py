@@ -82,7 +82,10 @@ class Layer:
 
 @dataclass
 class Candidate:
-    """One way to hold a layer: rank None is dense, error the squared relative weight error, loss what is minimised."""
+    """One way to hold a layer.
+
+    rank None is dense, error the squared relative one of the weight or of the outputs, loss what is minimised.
+    """
 
     rank: int | None
     nnz: int | None
@@ -154,7 +157,7 @@ def _curve(layer: Layer, mixed: dict, round_to: int) -> list[Candidate]:
                 elif coefficient == 0.0:
                     options.append((left(spectra[form], rank), rank, 0))
                 elif rank > 0 and points:
-                    options.append((_interpolate(points, budget), rank, nnz))
+                    options.append((interpolate(points, budget), rank, nnz))
             error, rank, nnz = min(options)
             costs = layer.costs(rank, nnz, form)
             if rank + nnz > 0 and costs["params"] < layer.size and error < best:
@@ -169,7 +172,7 @@ def _spectrum(w: Tensor) -> Tensor:
     return torch.linalg.eigvalsh(gram).clamp_min(0).sum(0).flip(0).double().cumsum(0)
 
 
-def _interpolate(points: list[tuple[float, float]], budget: float) -> float:
+def interpolate(points: list[tuple[float, float]], budget: float) -> float:
     """log error, linear in the budget, through (0, error 1) and the fitted points; beyond the last, its slope."""
     xs = np.array([0.0, *(b for b, _ in points)])
     ys = np.log(np.maximum([1.0, *(e for _, e in points)], 1e-12))
@@ -213,10 +216,10 @@ def measure_losses(
                 weight.copy_(dense)
             step()
         for candidate in curves[layer.name][1:]:
-            candidate.loss = _loss_at(sorted(points), candidate.error)
+            candidate.loss = loss_at(sorted(points), candidate.error)
 
 
-def _loss_at(points: list[tuple[float, float]], error: float) -> float:
+def loss_at(points: list[tuple[float, float]], error: float) -> float:
     """log loss over log error; outside the measured range in proportion to the error."""
     xs, ys = np.log([e for e, _ in points]), np.maximum.accumulate(np.log([v for _, v in points]))
     x = math.log(max(error, 1e-12))

@@ -1,4 +1,4 @@
-"""One budget for every larger convolution of a network, without fine-tuning: how good the fits themselves are."""
+"""One budget for the larger convolutions of a network, without fine-tuning: how good fits and allocation are."""
 
 from __future__ import annotations
 
@@ -7,15 +7,17 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
-from .calibrate import batches_of, loss, outputs, recalibrate_batchnorm, recalibrate_if_better
+from . import curves
+from .calibrate import Batch, batches_of, loss, outputs, recalibrate_batchnorm, recalibrate_if_better
 from .candidates import candidates
-from .compress import Plan, apply_fits
+from .compress import SEARCHES, Plan, apply_fits, plan_of
 from .cost import kept_parameters
 from .decompose import split_budget
 from .moments import call_order
 from .refit import MEMORY, fit_layers
+from .search import Layer, allocate, check_reachable
 
 RECALIBRATE = ("auto", "never", "always")
 
@@ -26,13 +28,14 @@ class Trial:
 
     Attributes:
         model: the compressed network, recalibrated or not.
-        values: (kept, all) values of the compressed convolutions; a sparse entry counts as one.
+        values: (kept, all) values of the larger convolutions; a sparse entry counts as one.
         output_errors: name -> relative error of the layer's outputs on the calibration data.
         to_weights: layers whose kept fit is that to the weight alone.
         losses: calibration loss (before, after) batch-norm recalibration; None where there is none to decide on.
         recalibrated: whether it was kept.
         scores: of the compressed network (as fitted, in the end).
         fit_seconds, total_seconds: CPU time of the fits, and with their passes over the calibration data.
+        search_seconds: CPU time of the search before them.
     """
 
     model: nn.Module
@@ -44,6 +47,7 @@ class Trial:
     scores: tuple[float, float]
     fit_seconds: float
     total_seconds: float
+    search_seconds: float = 0.0
 
 
 def uniform_plan(model: nn.Module, inputs: object, budget: float, sparse_coefficient: float | None = None) -> Plan:
@@ -60,17 +64,7 @@ def uniform_plan(model: nn.Module, inputs: object, budget: float, sparse_coeffic
     Raises:
         ValueError: a value out of range, or no convolution to compress.
     """
-    if not 0 < budget <= 1:
-        raise ValueError(f"uniform: budget must lie in (0, 1], got {budget}")
-    convolutions = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)]
-    first = next(iter(call_order(model, inputs, convolutions)), None)
-
-    def wanted(name: str, module: nn.Module) -> bool:
-        return isinstance(module, nn.Conv2d) and min(module.kernel_size) >= 3 and name != first
-
-    chosen, skipped = candidates(model, wanted, min_size=0)
-    if not chosen:
-        raise ValueError("uniform: model must have a convolution of 3x3 or more after its first one, got none")
+    chosen, skipped = _larger_convolutions(model, inputs, budget)
     layers = {}
     for name in chosen:
         conv = model.get_submodule(name)
@@ -82,12 +76,64 @@ def uniform_plan(model: nn.Module, inputs: object, budget: float, sparse_coeffic
     return Plan(layers, skipped)
 
 
-def uniform_trial(
+def _larger_convolutions(model: nn.Module, inputs: object, budget: float) -> tuple[list[str], dict[str, str]]:
+    """The names of those to compress, and why the other layers stay dense."""
+    if not 0 < budget <= 1:
+        raise ValueError(f"uniform: budget must lie in (0, 1], got {budget}")
+    convolutions = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)]
+    first = next(iter(call_order(model, inputs, convolutions)), None)
+
+    def wanted(name: str, module: nn.Module) -> bool:
+        return isinstance(module, nn.Conv2d) and min(module.kernel_size) >= 3 and name != first
+
+    chosen, skipped = candidates(model, wanted, min_size=0)
+    if not chosen:
+        raise ValueError("uniform: model must have a convolution of 3x3 or more after its first one, got none")
+    return chosen, skipped
+
+
+def allocated_plan(
+    model: nn.Module,
+    batches: list[Batch],
+    reference: list[Tensor],
+    budget: float,
+    *,
+    data_aware: bool = True,
+    memory: int = MEMORY,
+    seed: int = 0,
+) -> Plan:
+    """As many values of the same convolutions as uniform_plan keeps, divided among them by search="allocate".
+
+    Args:
+        model: the network; unchanged.
+        batches: calibration data, with inputs on which the first convolution is found.
+        reference: outputs of the network on them.
+        budget: kept values / values of all these convolutions, above 0, to 1.
+        data_aware, memory, seed: as in compress.
+
+    Raises:
+        ValueError: a value out of range, or no convolution to compress.
+        UnsatisfiableError: a budget below the smallest candidates.
+    """
+    chosen, skipped = _larger_convolutions(model, batches[0][0], budget)
+    layers = []
+    for name in chosen:
+        conv = model.get_submodule(name)
+        layers.append(Layer(name, conv.weight, len(conv.weight), conv.weight[0].numel(), conv.groups, 0))
+    fixed, limits = {"params": 0.0}, {"params": budget * sum(layer.size for layer in layers)}
+    options = {"data_aware": data_aware, "memory": memory, "seed": seed}
+    check_reachable(curves.smallest(layers), fixed, limits)
+    found = curves.network_curves(model, layers, batches, reference, **options)
+    return plan_of(layers, {}, allocate(found, fixed, limits), skipped)
+
+
+def budget_trial(
     model: nn.Module,
     calibration: Iterable,
     evaluate: Callable[[nn.Module], float],
     *,
     budget: float,
+    search: str = "uniform",
     sparse_coefficient: float | None = None,
     data_aware: bool = True,
     sequential: int = False,
@@ -95,13 +141,15 @@ def uniform_trial(
     memory: int = MEMORY,
     seed: int = 0,
 ) -> Trial:
-    """Compresses a copy of a network by uniform_plan, without fine-tuning, and scores it.
+    """Compresses a copy of a network by uniform_plan or allocated_plan, without fine-tuning, and scores it.
 
     Args:
         model: the dense network; unchanged.
         calibration: batches of (inputs, targets).
         evaluate: score of a model.
-        budget, sparse_coefficient: as in uniform_plan.
+        budget: as in uniform_plan.
+        search: "uniform" or "allocate".
+        sparse_coefficient: as in uniform_plan; None for "allocate", which chooses it per layer.
         data_aware, sequential, memory, seed: as in compress.
         recalibrate: batch-norm recalibration: "auto" keeps it where the calibration loss falls, "never", "always".
 
@@ -110,22 +158,30 @@ def uniform_trial(
     """
     if recalibrate not in RECALIBRATE:
         raise ValueError(f"uniform: recalibrate must be one of {', '.join(RECALIBRATE)}, got {recalibrate!r}")
+    if search not in SEARCHES:
+        raise ValueError(f"uniform: search must be one of {', '.join(SEARCHES)}, got {search!r}")
+    if search == "allocate" and sparse_coefficient is not None:
+        raise ValueError(
+            f"uniform: sparse_coefficient is for search='uniform', got {sparse_coefficient} for 'allocate'"
+        )
     batches, compressed = batches_of(calibration), copy.deepcopy(model)
-    plan = uniform_plan(compressed, batches[0][0], budget, sparse_coefficient)
-    start = time.process_time()
-    options = {"n_iter": plan.n_iter, "sequential": sequential, "memory": memory, "seed": seed}
-    fits = fit_layers(compressed, plan.layers, batches, data_aware=data_aware, **options)
+    reference, start = outputs(compressed, batches), time.process_time()
+    options = {"data_aware": data_aware, "memory": memory, "seed": seed}
+    if search == "uniform":
+        plan = uniform_plan(compressed, batches[0][0], budget, sparse_coefficient)
+    else:
+        plan = allocated_plan(compressed, batches, reference, budget, **options)
+    search_seconds, start = time.process_time() - start, time.process_time()
+    fits = fit_layers(compressed, plan.layers, batches, n_iter=plan.n_iter, sequential=sequential, **options)
     total_seconds = time.process_time() - start
     compressed = apply_fits(compressed, fits)
     score = final = evaluate(compressed)
-    losses, kept = _recalibrate(compressed, batches, outputs(model, batches), recalibrate)
+    losses, kept = _recalibrate(compressed, batches, reference, recalibrate)
     if kept:
         final = evaluate(compressed)
-    sizes = [(entry["shape"], entry["groups"], entry["rank"], entry["nnz"]) for entry in plan.layers.values()]
-    values = (sum(kept_parameters(*s, g, r, k) for s, g, r, k in sizes), sum(m * n for (m, n), *_ in sizes))
     return Trial(
         compressed,
-        values,
+        _values(model, plan, batches[0][0], budget),
         {name: fit.output_error for name, fit in fits.items() if fit.output_error is not None},
         [name for name, fit in fits.items() if not fit.data_aware],
         losses,
@@ -133,7 +189,18 @@ def uniform_trial(
         (score, final),
         sum(fit.cpu_seconds for fit in fits.values()),
         total_seconds,
+        search_seconds,
     )
+
+
+def _values(model: nn.Module, plan: Plan, inputs: object, budget: float) -> tuple[int, int]:
+    """(kept, all) values of the larger convolutions; those that an allocation leaves dense keep theirs."""
+    kept = whole = 0
+    for name in _larger_convolutions(model, inputs, budget)[0]:
+        size, entry = model.get_submodule(name).weight.numel(), plan.layers.get(name)
+        whole += size
+        kept += kept_parameters(*entry["shape"], entry["groups"], entry["rank"], entry["nnz"]) if entry else size
+    return kept, whole
 
 
 def _recalibrate(model, batches, reference, how: str) -> tuple[tuple[float, float] | None, bool]:

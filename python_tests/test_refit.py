@@ -334,14 +334,14 @@ def test_uniform_plan_spends_the_budget_on_all_but_the_first_convolution(net):
 
 
 @pytest.mark.parametrize("recalibrate", ["auto", "never", "always"])
-def test_uniform_trial_scores_before_and_after_the_recalibration(net, recalibrate):
+def test_budget_trial_scores_before_and_after_the_recalibration(net, recalibrate):
     batches, seen = [(x, torch.randint(10, (8,))) for x in smooth_images()], []
 
     def evaluate(model):
         seen.append(model.norm.running_mean.clone())
         return float(len(seen))
 
-    trial = uniform.uniform_trial(net, batches, evaluate, budget=0.3, recalibrate=recalibrate)
+    trial = uniform.budget_trial(net, batches, evaluate, budget=0.3, recalibrate=recalibrate)
     assert type(net.first) is nn.Conv2d
     assert torch.equal(seen[0], net.norm.running_mean)
     if recalibrate == "never":
@@ -353,7 +353,7 @@ def test_uniform_trial_scores_before_and_after_the_recalibration(net, recalibrat
     assert trial.values == (sum(int(0.3 * m * n) for m, n in ((16, 144), (16, 144), (32, 72))), 3 * 2304)
     assert 0 < trial.fit_seconds < trial.total_seconds
     with pytest.raises(ValueError, match="recalibrate must be one of auto, never, always, got 'maybe'"):
-        uniform.uniform_trial(net, batches, evaluate, budget=0.3, recalibrate="maybe")
+        uniform.budget_trial(net, batches, evaluate, budget=0.3, recalibrate="maybe")
 
 
 # Ranks ----------------------------------------------------------------------------------------------------------------
@@ -415,8 +415,8 @@ def test_a_trained_network_at_a_fifth_of_its_values(data_dir):
         return accuracy(model, data.loader(test, 250, limit=1000))
 
     options = {"budget": 0.2, "sparse_coefficient": 0.85}
-    aware = uniform.uniform_trial(net, calibration, evaluate, **options)
-    plain = uniform.uniform_trial(net, calibration, evaluate, data_aware=False, **options)
+    aware = uniform.budget_trial(net, calibration, evaluate, **options)
+    plain = uniform.budget_trial(net, calibration, evaluate, data_aware=False, **options)
     assert not aware.to_weights
     errors = [sum(trial.output_errors.values()) / 18 for trial in (aware, plain)]
     assert errors[0] < 0.19

@@ -1,0 +1,243 @@
+"""Error curves of a network's layers: what each of them loses at every size, and what the network makes of it.
+
+With calibration data a layer's error is that of its outputs after a data-aware fit, the kind that it gets in the end: a
+path of fits over a grid of budgets and sparse coefficients, and between its points interpolation. Without data, and for
+layers that are fitted to their weights in the end, search.py has curves of the weight's error. Where there are data, each
+layer alone is compressed at three budgets, and the divergence of the network's outputs takes the place of the error.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from . import distributed, search
+from .calibrate import Batch, divergence, outputs
+from .cost import kept_parameters
+from .decompose import Decomposition
+from .moments import MAX_FEATURES, second_moments
+from .path import Point, decompose_path_batch
+from .refit import MEMORY, memory_groups
+from .search import KL_BUDGETS, Candidate, Layer, interpolate, loss_at
+
+GRID = (0.03, 0.05, 0.08, 0.12, 0.16, 0.2, 0.25, 0.3, 0.4, 0.5, 0.7)
+COEFFICIENTS = (1.0, 0.85, 0.6, 0.0)
+# Wide layers, whose fits take minutes, get fewer: m n^2 and the grid of both limits.
+WIDE, WIDE_GRID, WIDE_COEFFICIENTS = 1 << 32, (0.04, 0.08, 0.2, 0.4, 0.65), (1.0, 0.85, 0.0)
+SAMPLES = 256  # of the calibration data: enough to rank layers by what they do to the outputs
+
+Curves = dict[str, list[Candidate]]
+Step = Callable[[], None]
+
+_log = logging.getLogger(__name__)
+
+
+def network_curves(
+    model: nn.Module,
+    layers: list[Layer],
+    batches: list[Batch],
+    reference: list[Tensor],
+    *,
+    data_aware: bool = True,
+    round_to: int = 1,
+    memory: int = MEMORY,
+    seed: int = 0,
+    step: Step = lambda: None,
+) -> Curves:
+    """The candidates of every layer, with the divergence of the network's outputs as their loss if there are data.
+
+    With an initialised process group every rank must call it: the moments are those of all data, the divergence is
+    measured on the first rank.
+
+    Args:
+        model: holds the layers; weights are changed while it is measured, and restored.
+        layers: those to compress; their `forms` tell whether they will be fitted to data (the channel form alone).
+        batches: calibration data, this rank's share; may be empty.
+        reference: outputs of `model` on them.
+        data_aware: whether the layers will be fitted to data at all.
+        round_to: ranks are multiples of this.
+        memory: bytes of second moments held at once, as in fit_layers.
+        seed: of the choice of rows of the data.
+        step: called once for each layer's curve and for each of its measurements: 1 + 3 times, or once without data.
+
+    Returns:
+        name -> candidates, the first one dense, in the order of `layers`.
+
+    Raises:
+        ValueError: NaN or Inf in the data.
+    """
+    curves: Curves = {}
+    meter = _Meter(model, batches, reference, step)
+    by_name = {layer.name: layer for layer in layers if batches and data_aware and layer.forms == ("channel",)}
+    modules = {name: model.get_submodule(name) for name in by_name}
+    max_features = min(MAX_FEATURES, math.isqrt(max(memory // 8, 1)))
+    for names in memory_groups([*by_name], modules, memory, max_features):
+        moments = second_moments(model, batches, names, max_features=max_features, seed=seed)
+        reached = [by_name[name] for name in names if name in moments]
+        curves |= distributed.first_rank_does(partial(_aware_curves, reached, moments, meter, round_to, step))
+    rest = [layer for layer in layers if layer.name not in curves]
+    if rest:
+        curves |= distributed.first_rank_does(partial(_plain_curves, rest, meter, round_to, step))
+    _log.info(
+        "error curves: %d layers, %d of them by %d fits to data in %.1f CPU s; %d losses measured in %.1f CPU s",
+        len(layers), len(layers) - len(rest), meter.fits, meter.fit_seconds, meter.losses, meter.loss_seconds,
+    )  # fmt: skip
+    return {layer.name: curves[layer.name] for layer in layers}
+
+
+def smallest(layers: list[Layer], round_to: int = 1) -> Curves:
+    """Candidates of every size that the curves can have, without errors: what is reachable, before any fit."""
+    curves = {}
+    for layer in layers:
+        found = [Candidate(None, None, 0.0, 0.0, layer.costs(None, None))]
+        for form in layer.forms:
+            for coefficient in COEFFICIENTS:
+                rank, nnz = layer.split(search.BUDGETS[0], coefficient, form)
+                rank -= rank % round_to
+                if rank + nnz > 0:
+                    found.append(Candidate(rank, nnz, 1.0, 1.0, layer.costs(rank, nnz, form), form))
+        curves[layer.name] = found
+    return curves
+
+
+class _Meter:
+    """Measures the divergence of the network's outputs, and counts what the search takes."""
+
+    def __init__(self, model: nn.Module, batches: list[Batch], reference: list[Tensor], step: Step) -> None:
+        used = count = 0
+        while used < len(reference) and count < SAMPLES:
+            count += len(reference[used])
+            used += 1
+        self.model, self.sample, self.reference, self.step = model, batches[:used], reference[:used], step
+        self.fits = self.losses = 0
+        self.fit_seconds = self.loss_seconds = 0.0
+
+    def loss(self) -> float:
+        """Of the model as it is now."""
+        start = time.process_time()
+        value = divergence(self.reference, outputs(self.model, self.sample))
+        self.losses, self.loss_seconds = self.losses + 1, self.loss_seconds + time.process_time() - start
+        return value
+
+    def losses_of(self, name: str, fits: list[Decomposition]) -> list[float]:
+        """With one layer replaced by each of some fits; the weight is as before afterwards."""
+        weight = self.model.get_submodule(name).weight
+        dense, found = weight.detach().clone(), []
+        try:
+            for fit in fits:
+                with torch.no_grad():
+                    weight.copy_(fit.to_dense().view_as(weight))
+                found.append(self.loss())
+                self.step()
+        finally:
+            with torch.no_grad():
+                weight.copy_(dense)
+        return found
+
+
+def _plain_curves(layers: list[Layer], meter: _Meter, round_to: int, step: Step) -> Curves:
+    """Of fits to the weights."""
+    curves = search.error_curves(layers, round_to=round_to, step=step)
+    if meter.sample:
+        modules = {layer.name: meter.model.get_submodule(layer.name) for layer in layers}
+        search.measure_losses(layers, curves, modules, meter.loss, step)
+    return curves
+
+
+def _aware_curves(layers: list[Layer], moments: dict[str, Tensor], meter: _Meter, round_to: int, step: Step) -> Curves:
+    """Of fits to the outputs; layers of one shape in one batch."""
+    alike = defaultdict(list)
+    for layer in layers:
+        kind = layer.weight.shape, layer.groups, layer.weight.dtype, moments[layer.name].dim()
+        alike[kind].append(layer)
+    curves = {}
+    for group in alike.values():
+        start, first = time.process_time(), group[0]
+        wide = first.m * first.n**2 > WIDE
+        points = _points(first, WIDE_GRID if wide else GRID, WIDE_COEFFICIENTS if wide else COEFFICIENTS, round_to)
+        sizes = [*dict.fromkeys(points.values())]
+        paths = decompose_path_batch(
+            [layer.weight for layer in group],
+            sizes,
+            second_moments=[moments[layer.name] for layer in group],
+            groups=first.groups,
+        )
+        meter.fits, meter.fit_seconds = (
+            meter.fits + len(group) * len(sizes),
+            meter.fit_seconds + time.process_time() - start,
+        )
+        for layer, path in zip(group, paths, strict=True):
+            fits = dict(zip(sizes, path, strict=True))
+            curves[layer.name] = _curve(layer, points, fits, round_to)
+            step()
+            _measure(layer, points, fits, curves[layer.name], meter)
+    return curves
+
+
+def _size(layer: Layer, budget: float, coefficient: float, round_to: int) -> Point | None:
+    """(rank, nnz) of a budget, the rank rounded down and what that leaves to S; None where a branch would be empty."""
+    rank, nnz = layer.split(budget, coefficient, "channel")
+    rank -= rank % round_to
+    if (rank == 0 and coefficient < 1) or (nnz == 0 and coefficient > 0):
+        return None
+    if nnz:
+        nnz = int(budget * layer.size + 1e-9) - kept_parameters(layer.m, layer.n, layer.groups, rank, 0)
+    return rank, nnz
+
+
+def _points(layer: Layer, grid, coefficients, round_to: int) -> dict[tuple[float, float], Point]:
+    """(budget, coefficient) -> (rank, nnz)."""
+    pairs = ((budget, coefficient) for budget in grid for coefficient in coefficients)
+    sizes = {pair: _size(layer, *pair, round_to) for pair in pairs}
+    return {pair: size for pair, size in sizes.items() if size is not None}
+
+
+def _share(layer: Layer, size: Point) -> float:
+    return kept_parameters(layer.m, layer.n, layer.groups, *size) / layer.size
+
+
+def _curve(layer: Layer, points: dict, fits: dict[Point, Decomposition], round_to: int) -> list[Candidate]:
+    """The candidates of a layer over a finer grid than that of the fits; their errors are squared."""
+    known: dict[float, dict[float, float]] = defaultdict(dict)  # coefficient -> share -> error
+    for (_, coefficient), size in points.items():
+        known[coefficient][_share(layer, size)] = fits[size].output_error ** 2
+    found = [Candidate(None, None, 0.0, 0.0, layer.costs(None, None))]
+    for budget in search.BUDGETS:
+        for coefficient, errors in known.items():
+            size = _size(layer, budget, coefficient, round_to)
+            if size is not None and _share(layer, size) < 1:
+                error = interpolate(sorted(errors.items()), _share(layer, size))
+                found.append(Candidate(*size, error, error, layer.costs(*size)))
+    return _undominated(found)
+
+
+def _undominated(candidates: list[Candidate]) -> list[Candidate]:
+    """Without those that another one undercuts, or equals earlier, in error and every cost."""
+    values = np.array([[c.error, *c.costs.values()] for c in candidates])
+    no_worse = (values[:, None] <= values[None]).all(2)  # [i, j]: i is no worse than j
+    equal = no_worse & no_worse.T
+    beats = no_worse & (~equal | np.triu(np.ones_like(equal), 1))
+    return [c for c, beaten in zip(candidates, beats.any(0), strict=True) if not beaten]
+
+
+def _measure(
+    layer: Layer, points: dict, fits: dict[Point, Decomposition], curve: list[Candidate], meter: _Meter
+) -> None:
+    """Replaces the candidates' loss by the network's, measured with the best fits at three budgets."""
+    chosen = []
+    for wanted in KL_BUDGETS:
+        sizes = [size for (budget, _), size in points.items() if budget == wanted]
+        if sizes:
+            chosen.append(min((fits[size] for size in sizes), key=lambda fit: fit.output_error))
+    losses = meter.losses_of(layer.name, chosen)
+    measured = [(max(f.output_error**2, 1e-12), max(loss, 1e-9)) for f, loss in zip(chosen, losses, strict=True)]
+    for candidate in curve[1:]:
+        candidate.loss = loss_at(sorted(measured), candidate.error)
