@@ -216,8 +216,8 @@ def compress(
         seed: of the random choices, such as the rows of calibration images; the result is reproducible.
         progress: show a bar (with tqdm) or lines.
 
-    With an initialised process group every rank must call it, with its own share of the calibration data: the fits, those
-    of the error curves too, use all of it; the losses that a search measures and the batch-norm statistics use that of
+    With an initialised process group every rank must call it, with its own share of the calibration data: all fits,
+    also those of the curves, use all of it; the losses that a search measures and the batch-norm statistics use that of
     the first rank. All ranks get the same network.
 
     Returns:
@@ -357,7 +357,7 @@ def _search(
     if kind == "uniform":
         return distributed.first_rank_does(lambda: (search.uniform(free, coefficient, fixed, limits, round_to), []))
     if batches and fit["data_aware"]:  # before fits that take their time
-        distributed.first_rank_does(lambda: search.check_reachable(curves.smallest(free, round_to), fixed, limits))
+        distributed.first_rank_does(lambda: search.check_reachable(curves.sizes(free, round_to), fixed, limits))
     with _Bar((4 if batches else 1) * len(free), "error curves", progress) as bar:
         found = curves.network_curves(model, free, batches, reference, round_to=round_to, step=bar.step, **fit)
 

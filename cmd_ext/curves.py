@@ -2,8 +2,8 @@
 
 With calibration data a layer's error is that of its outputs after a data-aware fit, the kind that it gets in the end: a
 path of fits over a grid of budgets and sparse coefficients, and between its points interpolation. Without data, and for
-layers that are fitted to their weights in the end, search.py has curves of the weight's error. Where there are data, each
-layer alone is compressed at three budgets, and the divergence of the network's outputs takes the place of the error.
+layers that are fitted to their weights in the end, search.py has curves of the weight's error. With data, each layer
+alone is compressed at a few budgets, and the divergence of the network's outputs takes the place of the error.
 """
 
 from __future__ import annotations
@@ -26,12 +26,14 @@ from .decompose import Decomposition
 from .moments import MAX_FEATURES, second_moments
 from .path import Point, decompose_path_batch
 from .refit import MEMORY, memory_groups
-from .search import KL_BUDGETS, Candidate, Layer, interpolate, loss_at
+from .search import Candidate, Layer, interpolate, loss_at
 
 GRID = (0.03, 0.05, 0.08, 0.12, 0.16, 0.2, 0.25, 0.3, 0.4, 0.5, 0.7)
 COEFFICIENTS = (1.0, 0.85, 0.6, 0.0)
 # Wide layers, whose fits take minutes, get fewer: m n^2 and the grid of both limits.
-WIDE, WIDE_GRID, WIDE_COEFFICIENTS = 1 << 32, (0.04, 0.08, 0.2, 0.4, 0.65), (1.0, 0.85, 0.0)
+WIDE, WIDE_GRID, WIDE_COEFFICIENTS = 1 << 32, (0.03, 0.08, 0.2, 0.4, 0.65), (1.0, 0.85, 0.0)
+# Budgets at which the loss is measured. Below the least it is a guess: without 3 % wide layers starve at a tenth.
+LOSS_BUDGETS = (0.03, 0.08, 0.2, 0.4)
 SAMPLES = 256  # of the calibration data: enough to rank layers by what they do to the outputs
 
 Curves = dict[str, list[Candidate]]
@@ -66,7 +68,7 @@ def network_curves(
         round_to: ranks are multiples of this.
         memory: bytes of second moments held at once, as in fit_layers.
         seed: of the choice of rows of the data.
-        step: called once for each layer's curve and for each of its measurements: 1 + 3 times, or once without data.
+        step: called four times a layer, once without data.
 
     Returns:
         name -> candidates, the first one dense, in the order of `layers`.
@@ -82,7 +84,7 @@ def network_curves(
     for names in memory_groups([*by_name], modules, memory, max_features):
         moments = second_moments(model, batches, names, max_features=max_features, seed=seed)
         reached = [by_name[name] for name in names if name in moments]
-        curves |= distributed.first_rank_does(partial(_aware_curves, reached, moments, meter, round_to, step))
+        curves |= distributed.first_rank_does(partial(_aware_curves, reached, moments, meter, round_to))
     rest = [layer for layer in layers if layer.name not in curves]
     if rest:
         curves |= distributed.first_rank_does(partial(_plain_curves, rest, meter, round_to, step))
@@ -93,18 +95,17 @@ def network_curves(
     return {layer.name: curves[layer.name] for layer in layers}
 
 
-def smallest(layers: list[Layer], round_to: int = 1) -> Curves:
-    """Candidates of every size that the curves can have, without errors: what is reachable, before any fit."""
+def sizes(layers: list[Layer], round_to: int = 1) -> Curves:
+    """Candidates of every size that curves can have, without errors: what is reachable, before any fit."""
     curves = {}
     for layer in layers:
-        found = [Candidate(None, None, 0.0, 0.0, layer.costs(None, None))]
+        curves[layer.name] = [Candidate(None, None, 0.0, 0.0, layer.costs(None, None))]
+        pairs = [(budget, coefficient) for coefficient in COEFFICIENTS for budget in search.BUDGETS]
         for form in layer.forms:
-            for coefficient in COEFFICIENTS:
-                rank, nnz = layer.split(search.BUDGETS[0], coefficient, form)
-                rank -= rank % round_to
-                if rank + nnz > 0:
-                    found.append(Candidate(rank, nnz, 1.0, 1.0, layer.costs(rank, nnz, form), form))
-        curves[layer.name] = found
+            offered = dict.fromkeys(_size(layer, *pair, round_to, form) for pair in pairs)
+            curves[layer.name] += [
+                Candidate(*size, 1.0, 1.0, layer.costs(*size, form), form) for size in offered if size is not None
+            ]
     return curves
 
 
@@ -152,7 +153,7 @@ def _plain_curves(layers: list[Layer], meter: _Meter, round_to: int, step: Step)
     return curves
 
 
-def _aware_curves(layers: list[Layer], moments: dict[str, Tensor], meter: _Meter, round_to: int, step: Step) -> Curves:
+def _aware_curves(layers: list[Layer], moments: dict[str, Tensor], meter: _Meter, round_to: int) -> Curves:
     """Of fits to the outputs; layers of one shape in one batch."""
     alike = defaultdict(list)
     for layer in layers:
@@ -177,18 +178,17 @@ def _aware_curves(layers: list[Layer], moments: dict[str, Tensor], meter: _Meter
         for layer, path in zip(group, paths, strict=True):
             fits = dict(zip(sizes, path, strict=True))
             curves[layer.name] = _curve(layer, points, fits, round_to)
-            step()
             _measure(layer, points, fits, curves[layer.name], meter)
     return curves
 
 
-def _size(layer: Layer, budget: float, coefficient: float, round_to: int) -> Point | None:
+def _size(layer: Layer, budget: float, coefficient: float, round_to: int, form: str = "channel") -> Point | None:
     """(rank, nnz) of a budget, the rank rounded down and what that leaves to S; None where a branch would be empty."""
-    rank, nnz = layer.split(budget, coefficient, "channel")
+    rank, nnz = layer.split(budget, coefficient, form)
     rank -= rank % round_to
     if (rank == 0 and coefficient < 1) or (nnz == 0 and coefficient > 0):
         return None
-    if nnz:
+    if nnz and form == "channel":
         nnz = int(budget * layer.size + 1e-9) - kept_parameters(layer.m, layer.n, layer.groups, rank, 0)
     return rank, nnz
 
@@ -231,9 +231,9 @@ def _undominated(candidates: list[Candidate]) -> list[Candidate]:
 def _measure(
     layer: Layer, points: dict, fits: dict[Point, Decomposition], curve: list[Candidate], meter: _Meter
 ) -> None:
-    """Replaces the candidates' loss by the network's, measured with the best fits at three budgets."""
+    """Replaces the candidates' loss by the network's, measured with the best fits at a few budgets."""
     chosen = []
-    for wanted in KL_BUDGETS:
+    for wanted in LOSS_BUDGETS:
         sizes = [size for (budget, _), size in points.items() if budget == wanted]
         if sizes:
             chosen.append(min((fits[size] for size in sizes), key=lambda fit: fit.output_error))

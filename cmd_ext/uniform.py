@@ -122,7 +122,7 @@ def allocated_plan(
         layers.append(Layer(name, conv.weight, len(conv.weight), conv.weight[0].numel(), conv.groups, 0))
     fixed, limits = {"params": 0.0}, {"params": budget * sum(layer.size for layer in layers)}
     options = {"data_aware": data_aware, "memory": memory, "seed": seed}
-    check_reachable(curves.smallest(layers), fixed, limits)
+    check_reachable(curves.sizes(layers), fixed, limits)
     found = curves.network_curves(model, layers, batches, reference, **options)
     return plan_of(layers, {}, allocate(found, fixed, limits), skipped)
 

@@ -74,10 +74,24 @@ def test_eval_at_one_budget(images, capsys):
     assert re.search(r"recalibration kept regardless " + loss, printed["always"])
 
 
+def test_eval_with_an_allocation(images, capsys):
+    network = ["--model", "resnet20", "--data", str(images), "--batch-size", "20", "--calibration", "20"]
+    assert main(["eval", *network, "--budget", "30%", "--search", "allocate"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    kept = re.fullmatch(r"compressed: (\d+) of 267264 values .* of \d+ convolutions, .*", lines[1])
+    assert 79000 < int(kept.group(1)) <= 0.3 * 267264
+    assert re.fullmatch(r"CPU seconds: \d+\.\d search, \d+\.\d fits, .* these images", lines[3])
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--sparse-coefficient", "0.5"], "--sparse-coefficient divides a budget, got it without --budget"),
+        (["--search", "allocate"], "--search allocate divides a budget, got it without --budget"),
+        (
+            ["--search", "allocate", "--budget", "30%", "--sparse-coefficient", "0.5"],
+            "--search allocate chooses the sparse coefficients, got --sparse-coefficient too",
+        ),
         (["--budget", "30%", "--compressed", "x"], "--budget compresses a dense network, got --compressed too"),
         (["--budget", "30%", "--sparse-coefficient", "2"], "sparse_coefficient must lie in [0, 1], got 2.0"),
     ],
