@@ -386,12 +386,15 @@ for ours, theirs in zip(result.stats.layers, alone.stats.layers):
 print("agree")
 """
 
+ALLOCATED = RANKS.replace('"uniform"', '"allocate"').partition("alone = ")[0] + 'print("agree")'
 
-def test_ranks_with_a_share_of_the_data_get_the_same_network(tmp_path):
+
+@pytest.mark.parametrize("script", [RANKS, ALLOCATED], ids=["uniform", "allocate"])
+def test_ranks_with_a_share_of_the_data_get_the_same_network(tmp_path, script):
     folder = os.path.dirname(__file__)
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", RANKS, str(rank), str(tmp_path / "store"), folder],
+            [sys.executable, "-c", script, str(rank), str(tmp_path / "store"), folder],
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
         for rank in range(2)
