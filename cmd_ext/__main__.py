@@ -56,7 +56,11 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("compress", _compress, "compress, fine-tune, save and report")
     network(sub)
     sub.add_argument(
-        "--constraint", action="append", required=True, metavar="KIND=VALUE", help="e.g. params=30%%; may be repeated"
+        "--constraint",
+        action="append",
+        required=True,
+        metavar="KIND=VALUE",
+        help="e.g. params=30%%, latency=40%% (or ms), score_drop=0.01 (top-1 on the test images); may be repeated",
     )
     sub.add_argument("--search", default="allocate", help="allocate or uniform")
     sub.add_argument("--form", default="auto", help="of k x k convolutions: auto, channel or spatial")

@@ -12,15 +12,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import curves, distributed, forms, report, search
+from . import curves, distributed, forms, report, search, targets
 from .calibrate import batches_of, outputs, recalibrate_if_better
 from .candidates import LAYER_OF, MIN_SIZE, candidates
 from .cost import CMD_LAYERS, Profile, profile_together
 from .modules import replace
 from .refit import MEMORY, Fit, fit_layers
+from .search import Choice
+from .targets import Goal, Network, Problem
 
 PLAN_VERSION = 2  # 1 knows the channel form only and is written where that is enough
-CONSTRAINTS = ("params", "macs", "bytes")
 SEARCHES = ("allocate", "uniform")
 
 _log = logging.getLogger(__name__)
@@ -96,6 +97,7 @@ class LayerStats:
     note: str
     output_error: float | None = None  # ||Y - Y'|| / ||Y|| of its outputs on the calibration data
     fitted_to: str | None = None  # "data" or "weights"
+    predicted_ms: float | None = None  # under a limit on latency
 
 
 @dataclass
@@ -110,6 +112,8 @@ class Stats:
     ms: tuple[float, float]
     score: tuple[float | None, float | None]
     batchnorm: tuple[float, float] | None
+    latency: dict | None = None  # "target", "predicted", "measured", "dense" ms, "networks" timed, whether it was "met"
+    probes: list[dict] = field(default_factory=list)  # what score_drop tried: limits, "score", "drop", "kept"
 
     def to_dict(self) -> dict:
         return asdict(self)
@@ -121,23 +125,48 @@ class Stats:
         def times(values: tuple[float | None, float | None]) -> str:
             return f"{report.milliseconds(values[0])} > {report.milliseconds(values[1])}"
 
-        rows = []
+        timed, rows = self.latency is not None, []
         for layer in self.layers:
             sizes = ["-" if v is None else str(v) for v in (layer.rank, layer.nnz)]
             costs = [pair(layer.params), pair(layer.bytes), pair(layer.macs), times(layer.ms)]
+            costs += [report.milliseconds(layer.predicted_ms)] * timed
             error = "-" if layer.output_error is None else f"{layer.output_error:.4f}"
             rows.append([layer.name, layer.shape, *sizes, *costs, error])
         errors = [layer.output_error for layer in self.layers if layer.output_error is not None]
         mean = f"mean {sum(errors) / len(errors):.4f}" if errors else "-"
-        total = ["total", "", "", "", pair(self.params), pair(self.bytes), pair(self.macs), times(self.ms), mean]
-        gains = [report.ratio(*values) for values in (self.params, self.bytes, self.macs, self.ms)]
-        header = ("layer", "shape", "rank", "nnz", "params", "bytes", "MACs", "ms", "output error")
+        costs = [pair(self.params), pair(self.bytes), pair(self.macs), times(self.ms)]
+        total = [
+            "total",
+            "",
+            "",
+            "",
+            *costs,
+            *([report.milliseconds(self.latency["predicted"])] if timed else []),
+            mean,
+        ]
+        gains = [report.ratio(*values) for values in (self.params, self.bytes, self.macs, self.ms)] + [""] * timed
+        header = (
+            "layer",
+            "shape",
+            "rank",
+            "nnz",
+            "params",
+            "bytes",
+            "MACs",
+            "ms",
+            *["predicted ms"] * timed,
+            "output error",
+        )
         lines = [report.table(header, rows, [total, ["smaller / faster by", "", "", "", *gains, ""]])]
         to_weights = [layer.name for layer in self.layers if layer.fitted_to == "weights"]
         if errors and to_weights:
             lines.append(f"fitted to their weights, which gave no larger output error: {', '.join(to_weights)}")
         if self.score[0] is not None:
             lines.append(f"score: {self.score[0]:.4f} dense, {self.score[1]:.4f} compressed")
+        if self.probes:
+            lines += ["networks tried for score_drop:", *targets.probes_text(self.probes)]
+        if timed:
+            lines.append(f"latency: {targets.latency_text(self.latency)}")
         if self.batchnorm is not None:
             before, after = self.batchnorm
             kept = "kept" if after < before else "undone"
@@ -188,12 +217,17 @@ def compress(
         model: any module; never changed. Its nn.Conv2d and nn.Linear layers are candidates.
         example_inputs: one call's inputs (tensor, tuple of arguments or dict), for MACs and milliseconds.
         constraints: upper limits, each "x%" of the dense network or a number: "params" (a sparse entry counts as one),
-            "macs" (of one call on example_inputs), "bytes" (all tensors of the saved file, with the supports of S).
-            All must hold.
+            "macs" (of one call on example_inputs), "bytes" (all tensors of the saved file, with the supports of S),
+            "latency" (measured time of one call on example_inputs, or milliseconds > 0). All must hold, the latency to
+            10 % of what is measured or as near as a few corrections of the predicted times come, which the statistics
+            tell; layers that are slower than dense, by the prediction or when timed, then stay dense, except by
+            overrides. "score_drop", a number: the smallest network, in the units of the other limits or else in
+            parameters, whose score is at most so far below the dense one: bisection, at most 8 networks. The score is
+            that of `evaluate`, else top-1 accuracy on the calibration data.
         calibration: batches of inputs or (inputs, targets): a few hundred samples steer the allocation by the
             network's own outputs, the chosen sizes are fitted to the layers' outputs on them, and batch-norm
             statistics are recalibrated where that lowers the loss on them.
-        evaluate: score of a model, higher is better; reported before and after.
+        evaluate: score of a model, higher is better; reported before and after, decisive for "score_drop".
         search: "allocate" (per-layer error curves, with calibration data those of the fits to them, and least predicted
             loss) or "uniform" (one budget for all layers; a
             share of their bytes where "bytes" is the only constraint, of their parameters otherwise).
@@ -225,7 +259,8 @@ def compress(
 
     Raises:
         UnsatisfiableError: a constraint that cannot be met; its `closest` is the nearest reachable value.
-        ValueError: an unknown constraint, search, form or layer name, or a value out of range.
+        ValueError: an unknown constraint, search, form or layer name, a value out of range, a latency on a device
+            without a model of times, a score_drop without evaluate or calibration targets.
 
     Source: Zhang et al., Machine Learning 2022; allocation by a Lagrangian on measured loss curves.
     """
@@ -243,70 +278,61 @@ def compress(
         overrides = overrides or {}
         batches = batches_of(calibration) if calibration is not None else []
         chosen, skipped = candidates(model, filter_fn, overrides, min_size)
-        compressed = copy.deepcopy(model)
-        dense_profile = profile_together([compressed], example_inputs, repeats=1)[0]
-        limits = _limits(constraints, dense_profile)
-        reference = outputs(compressed, batches)
+        dense = copy.deepcopy(model)
+        timed = "latency" in constraints
+        dense_profile = distributed.first_rank_does(
+            lambda: profile_together([dense], example_inputs, repeats=targets.REPEATS if timed else 1)[0]
+        )
+        goal = targets.goal_of(constraints, dense_profile)
+        reference = outputs(dense, batches)
+        score = evaluate if goal.score_drop is None else targets.scorer(evaluate, batches, reference)
         if form == "auto" and (search == "uniform" or (batches and data_aware)):
             form = "channel"
-        layers, pinned = _layers(compressed, chosen, overrides, dense_profile, form)
-        choice, trade_off = _search(
-            search,
-            compressed,
-            layers,
-            pinned,
-            batches,
-            reference,
-            limits,
-            dense_profile,
-            sparse_coefficient,
-            round_to,
-            progress,
-            data_aware=data_aware,
-            memory=memory,
-            seed=seed,
+        layers, pinned = _layers(dense, chosen, overrides, dense_profile, form, timed)
+        targets.log_profile(dense_profile, len(layers))
+        options = {"coefficient": sparse_coefficient, "round_to": round_to}
+        options |= {"data_aware": data_aware, "memory": memory, "seed": seed}
+        problem, trade_off = _problem(
+            search, dense, layers, pinned, batches, reference, goal, dense_profile, progress, **options
         )
-        plan = plan_of(layers, pinned, choice, skipped, n_iter)
         fitted_to = batches if data_aware else []
-        plan.data_aware, plan.sequential = bool(fitted_to), int(sequential) if fitted_to else 0
-        compressed, fits = _apply(compressed, plan, fitted_to, memory, seed, progress)
-        recalibration = None
-        if batches:
-            recalibration = distributed.first_rank_does(lambda: recalibrate_if_better(compressed, batches, reference))
-        if distributed.world_size() > 1:
-            distributed.copy_from_first_rank(compressed)
-        scores = (evaluate(model), evaluate(compressed)) if evaluate else (None, None)
-        before, after = profile_together([model, compressed], example_inputs)
-        stats = _stats(before, after, plan, fits, scores, recalibration)
-        return Result(compressed, plan, stats, trade_off)
+        several = timed or goal.score_drop is not None
+
+        def build(choice: Choice, reasons: dict[str, str]) -> Network:
+            plan = plan_of(layers, pinned, choice, {**skipped, **reasons}, n_iter)
+            plan.data_aware, plan.sequential = bool(fitted_to), int(sequential) if fitted_to else 0
+            fresh = copy.deepcopy(dense) if several else dense
+            compressed, fits = _apply(fresh, plan, fitted_to, memory, seed, progress)
+            losses = None
+            if batches:
+                losses = distributed.first_rank_does(lambda: recalibrate_if_better(compressed, batches, reference))
+            if distributed.world_size() > 1:
+                distributed.copy_from_first_rank(compressed)
+            return Network(compressed, plan, choice, fits, losses)
+
+        def solve(goal: Goal) -> Network:
+            if timed:
+                return targets.meet_latency(problem, goal, build, model, example_inputs)
+            return build(problem.choose(goal.limits), problem.reasons)
+
+        scores, probes = (None, None), []
+        if goal.score_drop is not None:
+            dense_score = score(model)
+            network, probes = targets.meet_score(problem, goal, solve, score, dense_score)
+            scores = dense_score, network.score
+        else:
+            network = solve(goal)
+            if evaluate:
+                scores = evaluate(model), evaluate(network.model)
+        profiles = network.profiles or profile_together([model, network.model], example_inputs)
+        stats = _stats(*profiles, network, layers, pinned, scores, probes)
+        return Result(network.model, network.plan, stats, trade_off)
     finally:
         torch.random.set_rng_state(torch_rng)
 
 
-def _limits(constraints: dict[str, str | float], dense: Profile) -> dict[str, float]:
-    if not constraints:
-        raise ValueError(f"compress: constraints must name at least one of {', '.join(CONSTRAINTS)}, got none")
-    limits = {}
-    for kind, value in constraints.items():
-        if kind not in CONSTRAINTS:
-            raise ValueError(f"compress: constraint must be one of {', '.join(CONSTRAINTS)}, got {kind!r}")
-        if isinstance(value, str):
-            try:
-                share = float(value.rstrip().removesuffix("%")) / 100
-            except ValueError:
-                share = -1.0
-            if not value.rstrip().endswith("%") or not 0 < share <= 1:
-                raise ValueError(f"compress: {kind} must be '1%' to '100%' or a number, got {value!r}")
-            limits[kind] = share * getattr(dense.total, kind)
-        elif not isinstance(value, (int, float)) or value < 1:
-            raise ValueError(f"compress: {kind} must be a number >= 1 or a share like '25%', got {value!r}")
-        else:
-            limits[kind] = float(value)
-    return limits
-
-
 def _layers(
-    model, chosen, overrides, dense: Profile, form: str
+    model, chosen, overrides, dense: Profile, form: str, timed: bool
 ) -> tuple[list[search.Layer], dict[str, tuple[int, int, str]]]:
     """The layers to decide, all of `chosen`, and (rank, nnz, form) of those that overrides decide."""
     layers, pinned = [], {}
@@ -317,7 +343,8 @@ def _layers(
         kinds = forms.FORMS if form == "auto" else (form,)
         kinds = kinds if forms.has_two_forms(weight.shape[2:]) else ("channel",)
         sizes = len(weight), weight[0].numel(), groups, row.positions
-        layers.append(search.Layer(name, weight, *sizes, kinds, row.between))
+        layer = search.Layer(name, weight, *sizes, kinds, row.between)
+        layers.append(targets.with_latency(layer, row) if timed else layer)
         if name in overrides:
             pinned[name] = _override_sizes(name, overrides[name], layers[-1])
     return layers, pinned
@@ -344,29 +371,41 @@ def _override_sizes(name: str, entry: Any, layer: search.Layer) -> tuple[int, in
     return rank, nnz, form
 
 
-def _search(
-    kind, model, layers, pinned, batches, reference, limits, dense: Profile, coefficient, round_to, progress, **fit
-) -> tuple[search.Choice, list[dict]]:
-    """Chooses the candidate of every layer that is not pinned; `fit` holds options of network_curves."""
+def _problem(
+    kind, model, layers, pinned, batches, reference, goal: Goal, dense, progress, *, coefficient, round_to, **fit
+) -> tuple[Problem, list[dict]]:
+    """The candidates of every layer that is not pinned, with what they lose, and the predicted trade-off.
+
+    `fit` holds options of network_curves.
+    """
     free = [layer for layer in layers if layer.name not in pinned]
-    fixed = {c: float(getattr(dense.total, c)) for c in CONSTRAINTS}
+    kinds = (*targets.COSTS, "latency") if "latency" in goal.limits else targets.COSTS
+    fixed = {c: float(dense.total.ms if c == "latency" else getattr(dense.total, c)) for c in kinds}
     for layer in layers:
-        costs = layer.costs(*pinned[layer.name]) if layer.name in pinned else dict.fromkeys(CONSTRAINTS, 0.0)
+        costs = layer.costs(*pinned[layer.name]) if layer.name in pinned else dict.fromkeys(kinds, 0.0)
         for c, whole in layer.costs(None, None).items():
             fixed[c] += costs[c] - whole
+    problem = Problem(free, None, fixed, coefficient, round_to)
     if kind == "uniform":
-        return distributed.first_rank_does(lambda: (search.uniform(free, coefficient, fixed, limits, round_to), []))
+        targets.log_limits(goal, problem)
+        return problem, []
+    problem.curves = curves.sizes(free, round_to)
+    targets.log_limits(goal, problem)
     if batches and fit["data_aware"]:  # before fits that take their time
-        distributed.first_rank_does(lambda: search.check_reachable(curves.sizes(free, round_to), fixed, limits))
+        distributed.first_rank_does(lambda: search.check_reachable(problem.curves, fixed, goal.limits))
     with _Bar((4 if batches else 1) * len(free), "error curves", progress) as bar:
         found = curves.network_curves(model, free, batches, reference, round_to=round_to, step=bar.step, **fit)
 
-    def allocated() -> tuple[search.Choice, list[dict]]:
-        search.check_reachable(found, fixed, limits)
-        trade_off = search.front(found, fixed, next(iter(limits)))
-        return search.allocate(found, fixed, limits), trade_off
+    def prepared() -> tuple[dict[str, list[search.Candidate]], dict[str, str], list[dict]]:
+        problem.curves = dict(found)
+        if "latency" in goal.limits:
+            problem.drop_slower()
+        search.check_reachable(problem.curves, fixed, goal.limits)
+        shown = next(iter(goal.limits), "params")
+        return problem.curves, problem.reasons, search.front(problem.curves, fixed, shown)
 
-    return distributed.first_rank_does(allocated)
+    problem.curves, problem.reasons, trade_off = distributed.first_rank_does(prepared)
+    return problem, trade_off
 
 
 def plan_of(layers, pinned, choice, skipped, n_iter: int = 20) -> Plan:
@@ -378,7 +417,8 @@ def plan_of(layers, pinned, choice, skipped, n_iter: int = 20) -> Plan:
         else:
             rank, nnz, form = choice[layer.name].rank, choice[layer.name].nnz, choice[layer.name].form
         if rank is None:
-            plan.skipped[layer.name] = f"{layer.m}x{layer.n} would not pay: dense is the better use of the budget"
+            reason = f"{layer.m}x{layer.n} would not pay: dense is the better use of the budget"
+            plan.skipped.setdefault(layer.name, reason)
         else:
             plan.layers[layer.name] = {"rank": rank, "nnz": nnz, "shape": [layer.m, layer.n], "groups": layer.groups}
             if form != "channel" and rank > 0:
@@ -458,18 +498,22 @@ def to_dense(model: nn.Module) -> nn.Module:
     return dense
 
 
-def _stats(before: Profile, after: Profile, plan: Plan, fits: dict[str, Fit], scores, recalibration) -> Stats:
-    rows = []
+def _stats(before: Profile, after: Profile, network: Network, layers, pinned, scores, probes) -> Stats:
+    rows, plan = [], network.plan
+    costs = {layer.name: layer.costs(*pinned[layer.name]) for layer in layers if layer.name in pinned}
+    costs |= {name: candidate.costs for name, candidate in network.choice.items()}
     for old, new in zip(before, after, strict=True):
         if old.macs == 0 and old.name not in plan.skipped:
             continue  # normalisations and the like: in the totals only
         pairs = {kind: (getattr(old, kind), getattr(new, kind)) for kind in ("params", "bytes", "macs", "ms")}
+        name = "" if len(before) == 1 else old.name  # of a network of one layer
+        fit = network.fits.get(old.name, network.fits.get(name))
+        how = (fit.output_error, "data" if fit.data_aware else "weights") if fit else (None, None)
+        predicted = costs.get(old.name, costs.get(name, {})).get("latency")
         note = plan.skipped.get(old.name, "")
-        fit = fits.get(old.name, fits.get("") if len(before) == 1 else None)
-        how = (fit.output_error, "data" if fit.data_aware else "weights") if fit else ()
-        rows.append(LayerStats(old.name, new.shape, new.rank, new.nnz, *pairs.values(), note, *how))
+        rows.append(LayerStats(old.name, new.shape, new.rank, new.nnz, *pairs.values(), note, *how, predicted))
     totals = [(getattr(before.total, kind), getattr(after.total, kind)) for kind in ("params", "bytes", "macs", "ms")]
-    return Stats(rows, plan.skipped, *totals, tuple(scores), recalibration)
+    return Stats(rows, plan.skipped, *totals, tuple(scores), network.recalibration, network.latency, probes)
 
 
 class _Bar:

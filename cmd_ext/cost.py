@@ -98,6 +98,7 @@ class LayerCost:
     ms: float | None
     positions: int = field(default=0, repr=False)  # multiply-accumulates per weight
     between: int = field(default=0, repr=False)  # of V, in the spatial form
+    inputs: int = field(default=0, repr=False)  # elements of x
 
 
 @dataclass
@@ -169,6 +170,7 @@ class _Probe:
         self.total: list[float] = []
         self.macs: dict[nn.Module, int] = {}
         self.between: dict[nn.Module, int] = {}
+        self.elements: dict[nn.Module, int] = {}  # of the inputs
         self.started: dict[nn.Module, float] = {}
         self.layers = {
             m: name for name, m in model.named_modules() if any(p is not None for p in m._parameters.values())
@@ -191,6 +193,7 @@ class _Probe:
         times[module] = times.get(module, 0.0) + self._now() - self.started[module]
         if inputs and isinstance(inputs[0], Tensor) and isinstance(output, Tensor):
             self.macs[module] = self.macs.get(module, 0) + _macs(module, inputs[0], output)
+            self.elements[module] = self.elements.get(module, 0) + inputs[0].numel()
             if type(module) is nn.Conv2d:
                 self.between[module] = self.between.get(module, 0) + _between(module, inputs[0], output)
 
@@ -200,6 +203,7 @@ class _Probe:
         self.times.append({})
         self.macs.clear()
         self.between.clear()
+        self.elements.clear()
         with torch.no_grad():
             start = self._now()
             call(self.model, self.inputs)
@@ -232,6 +236,7 @@ class _Probe:
                     1e3 * median(runs) if runs else None,
                     macs // weights if weights else 0,
                     self.between.get(module, 0),
+                    self.elements.get(module, 0),
                 )
             )
         total = LayerCost(

@@ -27,12 +27,40 @@ KL_BUDGETS = (0.08, 0.2, 0.4)  # budgets at which the loss of compressing one la
 LARGE = 1 << 22  # entries from which on a curve gets fewer fits
 
 
-class UnsatisfiableError(ValueError):
-    """A constraint below what the smallest candidates reach; `closest` is the nearest reachable value."""
+UNITS = {"params": "parameters", "macs": "MACs", "bytes": "bytes", "latency": "ms"}
 
-    def __init__(self, message: str, closest: float) -> None:
+
+class UnsatisfiableError(ValueError):
+    """A constraint below what the smallest candidates reach.
+
+    Attributes:
+        closest: the nearest reachable value, in the constraint's own units.
+        kind: the constraint.
+    """
+
+    def __init__(self, message: str, closest: float, kind: str = "") -> None:
         super().__init__(message)
-        self.closest = closest
+        self.closest, self.kind = closest, kind
+
+    def __reduce__(self):
+        return type(self), (*self.args, self.closest, self.kind)
+
+
+def unsatisfiable(kind: str, limit: float, closest: float) -> UnsatisfiableError:
+    """The error of a limit that cannot be met."""
+    return UnsatisfiableError(
+        f"compress: {kind} <= {in_units(kind, limit)} cannot be met; "
+        f"the closest reachable value is {in_units(kind, closest)}",
+        closest,
+        kind,
+    )
+
+
+def in_units(kind: str, value: float) -> str:
+    """12345 parameters as "12,345 parameters", milliseconds as "1.234 ms", a drop of the score as "0.0123"."""
+    if kind == "score_drop":
+        return f"{value:.4g}"
+    return f"{value:.4g} ms" if kind == "latency" else f"{value:,.0f} {UNITS[kind]}"
 
 
 @dataclass
@@ -40,6 +68,7 @@ class Layer:
     """A layer that may be compressed: its matrix [m, n] per `groups`, and MACs per weight.
 
     `forms` are those of a convolution that it may take, `between` the MACs per weight of V in the spatial form.
+    `latency`, where time counts, gives the milliseconds of (rank, nnz, form).
     """
 
     name: str
@@ -50,6 +79,7 @@ class Layer:
     positions: int
     forms: tuple[str, ...] = ("channel",)
     between: int = 0
+    latency: Callable[[int | None, int | None, str], float] | None = None
 
     @property
     def size(self) -> int:
@@ -71,13 +101,14 @@ class Layer:
         return split_budget(self.m, self.n, budget, coefficient, self.groups, unit, element, taps)
 
     def costs(self, rank: int | None, nnz: int | None, form: str = "channel") -> dict[str, float]:
-        """Parameters, MACs and bytes of the weight; rank None is dense."""
+        """Parameters, MACs and bytes of the weight, and milliseconds where time counts; rank None is dense."""
         element = self.weight.element_size()
+        time = {} if self.latency is None else {"latency": self.latency(rank, nnz, form)}
         if rank is None:
-            return {"params": self.size, "macs": self.positions * self.size, "bytes": self.size * element}
+            return {"params": self.size, "macs": self.positions * self.size, "bytes": self.size * element, **time}
         sizes, taps = (self.m, self.n, self.groups, rank, nnz), self.taps(form)
-        macs = kept_macs(*sizes, self.positions, taps, self.between)
-        return {"params": kept_parameters(*sizes, taps), "macs": macs, "bytes": kept_bytes(*sizes, element, taps)}
+        costs = {"params": kept_parameters(*sizes, taps), "macs": kept_macs(*sizes, self.positions, taps, self.between)}
+        return {**costs, "bytes": kept_bytes(*sizes, element, taps), **time}
 
 
 @dataclass
@@ -247,10 +278,7 @@ def check_reachable(curves: dict[str, list[Candidate]], fixed: dict[str, float],
     for kind, limit in limits.items():
         closest = fixed[kind] + sum(min(c.costs[kind] for c in curve) for curve in curves.values())
         if closest > limit:
-            raise UnsatisfiableError(
-                f"compress: {kind} <= {limit:,.0f} cannot be met; the closest reachable value is {closest:,.0f}",
-                closest,
-            )
+            raise unsatisfiable(kind, limit, closest)
 
 
 def allocate(
@@ -267,7 +295,7 @@ def allocate(
     for _ in range(rounds if len(limits) > 1 else 1):
         choice = _bisect(curves, fixed, limits, weights)
         choice = _fill(choice, curves, fixed, limits)
-        if best is None or _summed(choice) < _summed(best):
+        if best is None or _badness(choice, fixed, limits) < _badness(best, fixed, limits):
             best = choice
         totals = total_costs(choice, fixed)
         weights = {kind: w * (totals[kind] / limits[kind]) ** 4 for kind, w in weights.items()}
@@ -276,6 +304,11 @@ def allocate(
 
 def _summed(choice: Choice) -> float:
     return sum(c.loss for c in choice.values())
+
+
+def _badness(choice: Choice, fixed: dict[str, float], limits: dict[str, float]) -> tuple[float, float]:
+    """The loss, but first of all what exceeds a limit: several may be within reach, and not all together."""
+    return max(1.0, _excess(choice, fixed, limits)), _summed(choice)
 
 
 def _pick(curves, weights, limits, multiplier) -> Choice:

@@ -256,7 +256,7 @@ def test_a_foreign_plan_is_refused_and_changes_nothing(net):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"constraints": {"latency": "50%"}}, "constraint must be one of params, macs, bytes, got 'latency'"),
+        ({"constraints": {"joules": "50%"}}, "must be one of params, macs, bytes, latency, score_drop, got 'joules'"),
         ({"constraints": {}}, "constraints must name at least one"),
         ({"constraints": {"params": "0%"}}, "params must be '1%' to '100%' or a number, got '0%'"),
         ({"constraints": {"params": "half"}}, "got 'half'"),

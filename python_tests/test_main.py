@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+import cmd_ext
 from cmd_ext import models
 from cmd_ext.__main__ import main
 
@@ -45,6 +46,21 @@ def test_compress_finetune_and_eval(images, tmp_path, capsys):
     assert re.search(r"top-1 \d+\.\d\d % of 30 images", capsys.readouterr().out)
     assert main(["profile", "--model", "resnet20", "--compressed", str(out / "model.safetensors")]) == 0
     assert "CMDConv2d" in capsys.readouterr().out
+
+
+def test_constraints_reach_compress(images, tmp_path, monkeypatch):
+    seen = {}
+
+    def compress(model, inputs, **options):
+        seen.update(options)
+        raise ValueError("enough")
+
+    monkeypatch.setattr(cmd_ext, "compress", compress)
+    wanted = ["--constraint", "latency=40%", "--constraint", "score_drop=0.01", "--constraint", "bytes=5e4"]
+    network = ["--model", "resnet20", "--data", str(images), "--out", str(tmp_path / "out"), "--limit", "5"]
+    assert main(["compress", *network, *wanted]) == 1
+    assert seen["constraints"] == {"latency": "40%", "score_drop": 0.01, "bytes": 5e4}
+    assert seen["evaluate"](models.create("resnet20").eval()) <= 1
 
 
 def test_eval_at_one_budget(images, capsys):
@@ -111,8 +127,10 @@ def test_bad_budgets_give_one_line(images, capsys, arguments, message):
     ("arguments", "message"),
     [
         (["--constraint", "params"], "--constraint must be KIND=VALUE like params=30%, got 'params'"),
+        (["--constraint", "score_drop=1%"], "score_drop must be a number >= 0, got '1%'"),
+        (["--constraint", "latency=0"], "latency must be milliseconds > 0 or a share like '25%', got 0.0"),
         (["--constraint", "params=few"], "--constraint params must be a number or a share like 30%, got 'few'"),
-        (["--constraint", "joules=30%"], "constraint must be one of params, macs, bytes, got 'joules'"),
+        (["--constraint", "joules=30%"], "one of params, macs, bytes, latency, score_drop, got 'joules'"),
         (["--constraint", "params=30%", "--model", "resnet21"], "resnet21"),
         (["--constraint", "params=30%", "--data", "/no/such/folder"], "/no/such/folder"),
         (["--constraint", "params=30%", "--weights", "/no/such/file"], "/no/such/file"),
