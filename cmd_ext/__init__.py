@@ -26,6 +26,7 @@ def _load_ops() -> None:
 
 _load_ops()
 
+from .allocation import UnsatisfiableError  # noqa: E402
 from .calibrate import recalibrate_batchnorm  # noqa: E402
 from .compress import Plan, apply_plan, compress, to_dense  # noqa: E402
 from .cost import profile  # noqa: E402
@@ -36,7 +37,6 @@ from .io import load, save  # noqa: E402
 from .modules import CMDConv2d, CMDLinear  # noqa: E402
 from .moments import second_moments  # noqa: E402
 from .path import decompose_path, decompose_path_batch  # noqa: E402
-from .search import UnsatisfiableError  # noqa: E402
 
 __all__ = [
     "CMDConv2d",

@@ -3,178 +3,27 @@
 from __future__ import annotations
 
 import copy
-import json
-import logging
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from . import curves, distributed, forms, report, search, targets
+from . import curves, distributed, forms, report, targets
+from .allocation import Candidate, Choice, Layer, check_reachable, front
 from .calibrate import batches_of, outputs, recalibrate_if_better
-from .candidates import LAYER_OF, MIN_SIZE, candidates
+from .candidates import MIN_SIZE, candidates
 from .cost import CMD_LAYERS, Profile, profile_together
 from .modules import replace
-from .refit import MEMORY, Fit, fit_layers
-from .search import Choice
+from .plan import Plan, apply_plan, fit_plan, plan_of
+from .refit import MEMORY
+from .stats import Stats, stats_of
 from .targets import Goal, Network, Problem
 
-PLAN_VERSION = 2  # 1 knows the channel form only and is written where that is enough
 SEARCHES = ("allocate", "uniform")
 
-_log = logging.getLogger(__name__)
-
-
-@dataclass
-class Plan:
-    """What each layer becomes: enough to compress a fresh copy of the same trained network again.
-
-    Attributes:
-        layers: name -> {"rank", "nnz", "shape": [m, n], "groups"}, and "form" where it is not "channel".
-        skipped: name -> why the layer stays dense.
-        n_iter: passes of the fit.
-        data_aware: whether the layers were fitted to calibration data.
-        sequential: layers a pass of a sequential fit; 0 if it was none.
-    """
-
-    layers: dict[str, dict]
-    skipped: dict[str, str] = field(default_factory=dict)
-    n_iter: int = 20
-    data_aware: bool = False
-    sequential: int = 0
-
-    def to_json(self) -> str:
-        version = 2 if any("form" in entry for entry in self.layers.values()) else 1
-        fit = {"n_iter": self.n_iter, "data_aware": self.data_aware, "sequential": self.sequential}
-        content = {"cmd_ext_plan": version, **fit, "layers": self.layers, "skipped": self.skipped}
-        return json.dumps(content, indent=2)
-
-    @classmethod
-    def from_json(cls, text: str) -> Plan:
-        """Reads what to_json wrote.
-
-        Raises:
-            ValueError: not a plan of a version that this one reads, or an unknown form.
-        """
-        try:
-            content = json.loads(text)
-            if content["cmd_ext_plan"] not in range(1, PLAN_VERSION + 1):
-                raise ValueError(f"Plan: want version 1 to {PLAN_VERSION}, got {content['cmd_ext_plan']!r}")
-            layers = {
-                str(name): {
-                    "rank": int(entry["rank"]),
-                    "nnz": int(entry["nnz"]),
-                    "shape": [int(size) for size in entry["shape"]],
-                    "groups": int(entry["groups"]),
-                }
-                for name, entry in content["layers"].items()
-            }
-            for name, entry in content["layers"].items():
-                if "form" in entry:
-                    layers[name]["form"] = entry["form"]
-                    if entry["form"] not in forms.FORMS:
-                        raise ValueError(f"Plan: want a form {' or '.join(forms.FORMS)}, got {entry['form']!r}")
-            how = bool(content.get("data_aware", False)), int(content.get("sequential", 0))  # older plans lack them
-            return cls(layers, dict(content["skipped"]), int(content["n_iter"]), *how)
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"Plan: want the JSON of Plan.to_json, got {text[:40]!r}... ({error!r})") from None
-
-
-@dataclass
-class LayerStats:
-    """One layer before and after: costs of one call on the example inputs."""
-
-    name: str
-    shape: str
-    rank: int | None
-    nnz: int | None
-    params: tuple[int, int]
-    bytes: tuple[int, int]
-    macs: tuple[int, int]
-    ms: tuple[float | None, float | None]
-    note: str
-    output_error: float | None = None  # ||Y - Y'|| / ||Y|| of its outputs on the calibration data
-    fitted_to: str | None = None  # "data" or "weights"
-    predicted_ms: float | None = None  # under a limit on latency
-
-
-@dataclass
-class Stats:
-    """Before and after. `str()` gives the table; pairs are (dense, compressed)."""
-
-    layers: list[LayerStats]
-    skipped: dict[str, str]
-    params: tuple[int, int]
-    bytes: tuple[int, int]
-    macs: tuple[int, int]
-    ms: tuple[float, float]
-    score: tuple[float | None, float | None]
-    batchnorm: tuple[float, float] | None
-    latency: dict | None = None  # "target", "predicted", "measured", "dense" ms, "networks" timed, whether it was "met"
-    probes: list[dict] = field(default_factory=list)  # what score_drop tried: limits, "score", "drop", "kept"
-
-    def to_dict(self) -> dict:
-        return asdict(self)
-
-    def __str__(self) -> str:
-        def pair(values: tuple[int, int]) -> str:
-            return f"{report.count(values[0])} > {report.count(values[1])}"
-
-        def times(values: tuple[float | None, float | None]) -> str:
-            return f"{report.milliseconds(values[0])} > {report.milliseconds(values[1])}"
-
-        timed, rows = self.latency is not None, []
-        for layer in self.layers:
-            sizes = ["-" if v is None else str(v) for v in (layer.rank, layer.nnz)]
-            costs = [pair(layer.params), pair(layer.bytes), pair(layer.macs), times(layer.ms)]
-            costs += [report.milliseconds(layer.predicted_ms)] * timed
-            error = "-" if layer.output_error is None else f"{layer.output_error:.4f}"
-            rows.append([layer.name, layer.shape, *sizes, *costs, error])
-        errors = [layer.output_error for layer in self.layers if layer.output_error is not None]
-        mean = f"mean {sum(errors) / len(errors):.4f}" if errors else "-"
-        costs = [pair(self.params), pair(self.bytes), pair(self.macs), times(self.ms)]
-        total = [
-            "total",
-            "",
-            "",
-            "",
-            *costs,
-            *([report.milliseconds(self.latency["predicted"])] if timed else []),
-            mean,
-        ]
-        gains = [report.ratio(*values) for values in (self.params, self.bytes, self.macs, self.ms)] + [""] * timed
-        header = (
-            "layer",
-            "shape",
-            "rank",
-            "nnz",
-            "params",
-            "bytes",
-            "MACs",
-            "ms",
-            *["predicted ms"] * timed,
-            "output error",
-        )
-        lines = [report.table(header, rows, [total, ["smaller / faster by", "", "", "", *gains, ""]])]
-        to_weights = [layer.name for layer in self.layers if layer.fitted_to == "weights"]
-        if errors and to_weights:
-            lines.append(f"fitted to their weights, which gave no larger output error: {', '.join(to_weights)}")
-        if self.score[0] is not None:
-            lines.append(f"score: {self.score[0]:.4f} dense, {self.score[1]:.4f} compressed")
-        if self.probes:
-            lines += ["networks tried for score_drop:", *targets.probes_text(self.probes)]
-        if timed:
-            lines.append(f"latency: {targets.latency_text(self.latency)}")
-        if self.batchnorm is not None:
-            before, after = self.batchnorm
-            kept = "kept" if after < before else "undone"
-            lines.append(f"batch-norm recalibration {kept}: calibration loss {before:.4f} > {after:.4f}")
-        if self.skipped:
-            lines.append("left dense:")
-            lines += [f"  {name}: {reason}" for name, reason in self.skipped.items()]
-        return "\n".join(lines)
+__all__ = ["SEARCHES", "Plan", "Result", "Stats", "apply_plan", "compress", "to_dense"]
 
 
 @dataclass
@@ -302,7 +151,7 @@ def compress(
             plan = plan_of(layers, pinned, choice, {**skipped, **reasons}, n_iter)
             plan.data_aware, plan.sequential = bool(fitted_to), int(sequential) if fitted_to else 0
             fresh = copy.deepcopy(dense) if several else dense
-            compressed, fits = _apply(fresh, plan, fitted_to, memory, seed, progress)
+            compressed, fits = fit_plan(fresh, plan, fitted_to, memory, seed, progress)
             losses = None
             if batches:
                 losses = distributed.first_rank_does(lambda: recalibrate_if_better(compressed, batches, reference))
@@ -325,7 +174,7 @@ def compress(
             if evaluate:
                 scores = evaluate(model), evaluate(network.model)
         profiles = network.profiles or profile_together([model, network.model], example_inputs)
-        stats = _stats(*profiles, network, layers, pinned, scores, probes)
+        stats = stats_of(*profiles, network, layers, pinned, scores, probes)
         return Result(network.model, network.plan, stats, trade_off)
     finally:
         torch.random.set_rng_state(torch_rng)
@@ -333,7 +182,7 @@ def compress(
 
 def _layers(
     model, chosen, overrides, dense: Profile, form: str, timed: bool
-) -> tuple[list[search.Layer], dict[str, tuple[int, int, str]]]:
+) -> tuple[list[Layer], dict[str, tuple[int, int, str]]]:
     """The layers to decide, all of `chosen`, and (rank, nnz, form) of those that overrides decide."""
     layers, pinned = [], {}
     for name in chosen:
@@ -343,14 +192,14 @@ def _layers(
         kinds = forms.FORMS if form == "auto" else (form,)
         kinds = kinds if forms.has_two_forms(weight.shape[2:]) else ("channel",)
         sizes = len(weight), weight[0].numel(), groups, row.positions
-        layer = search.Layer(name, weight, *sizes, kinds, row.between)
+        layer = Layer(name, weight, *sizes, kinds, row.between)
         layers.append(targets.with_latency(layer, row) if timed else layer)
         if name in overrides:
             pinned[name] = _override_sizes(name, overrides[name], layers[-1])
     return layers, pinned
 
 
-def _override_sizes(name: str, entry: Any, layer: search.Layer) -> tuple[int, int, str]:
+def _override_sizes(name: str, entry: Any, layer: Layer) -> tuple[int, int, str]:
     known = {"rank", "density", "nnz", "budget", "sparse_coefficient", "budget_unit", "form"}
     if not isinstance(entry, dict) or not entry.keys() - {"form"} or entry.keys() - known:
         raise ValueError(
@@ -392,101 +241,20 @@ def _problem(
     problem.curves = curves.sizes(free, round_to)
     targets.log_limits(goal, problem)
     if batches and fit["data_aware"]:  # before fits that take their time
-        distributed.first_rank_does(lambda: search.check_reachable(problem.curves, fixed, goal.limits))
-    with _Bar((4 if batches else 1) * len(free), "error curves", progress) as bar:
+        distributed.first_rank_does(lambda: check_reachable(problem.curves, fixed, goal.limits))
+    with report.Bar((4 if batches else 1) * len(free), "error curves", progress) as bar:
         found = curves.network_curves(model, free, batches, reference, round_to=round_to, step=bar.step, **fit)
 
-    def prepared() -> tuple[dict[str, list[search.Candidate]], dict[str, str], list[dict]]:
+    def prepared() -> tuple[dict[str, list[Candidate]], dict[str, str], list[dict]]:
         problem.curves = dict(found)
         if "latency" in goal.limits:
             problem.drop_slower()
-        search.check_reachable(problem.curves, fixed, goal.limits)
+        check_reachable(problem.curves, fixed, goal.limits)
         shown = next(iter(goal.limits), "params")
-        return problem.curves, problem.reasons, search.front(problem.curves, fixed, shown)
+        return problem.curves, problem.reasons, front(problem.curves, fixed, shown)
 
     problem.curves, problem.reasons, trade_off = distributed.first_rank_does(prepared)
     return problem, trade_off
-
-
-def plan_of(layers, pinned, choice, skipped, n_iter: int = 20) -> Plan:
-    """What a search chose, and what overrides pinned."""
-    plan = Plan({}, dict(skipped), n_iter)
-    for layer in layers:
-        if layer.name in pinned:
-            rank, nnz, form = pinned[layer.name]
-        else:
-            rank, nnz, form = choice[layer.name].rank, choice[layer.name].nnz, choice[layer.name].form
-        if rank is None:
-            reason = f"{layer.m}x{layer.n} would not pay: dense is the better use of the budget"
-            plan.skipped.setdefault(layer.name, reason)
-        else:
-            plan.layers[layer.name] = {"rank": rank, "nnz": nnz, "shape": [layer.m, layer.n], "groups": layer.groups}
-            if form != "channel" and rank > 0:
-                plan.layers[layer.name]["form"] = form
-    return plan
-
-
-def apply_plan(
-    fresh_model: nn.Module,
-    plan: Plan,
-    *,
-    calibration: Iterable | None = None,
-    memory: int = MEMORY,
-    seed: int = 0,
-    progress: bool = False,
-) -> nn.Module:
-    """Decomposes the layers of a trained network as a plan says, in place.
-
-    Args:
-        fresh_model: the network whose plan it is.
-        plan: from compress.
-        calibration: batches as for compress: the layers are fitted to their outputs on them, sequentially where the
-            plan says so. None: to their weights, which is less than what a plan with data_aware=True stands for.
-        memory, seed: as for compress.
-        progress: show a bar (with tqdm).
-
-    Returns:
-        fresh_model (or its replacement, where the model itself is one layer). The same weights, plan and calibration
-        data give the same result; batch-norm statistics are left alone.
-
-    Raises:
-        ValueError: the plan names a layer that is missing or has another shape, no batch, NaN or Inf in the data; the
-            model is then unchanged.
-    """
-    batches = batches_of(calibration) if calibration is not None else []
-    if plan.data_aware and not batches:
-        _log.warning("apply_plan: the plan was fitted to calibration data; without it, layers are fitted to weights")
-    return _apply(fresh_model, plan, batches, memory, seed, progress)[0]
-
-
-def _apply(
-    model: nn.Module, plan: Plan, batches: list, memory: int, seed: int, progress: bool
-) -> tuple[nn.Module, dict[str, Fit]]:
-    """apply_plan, with how each layer was fitted."""
-    modules = dict(model.named_modules())
-    for name, entry in plan.layers.items():
-        module = modules.get(name)
-        got = f"no {name!r}" if module is None else f"{type(module).__name__} {name!r}"
-        if type(module) in LAYER_OF:
-            shape, groups = [len(module.weight), module.weight[0].numel()], getattr(module, "groups", 1)
-            if (shape, groups) == (entry["shape"], entry["groups"]):
-                forms.check_form(f"apply_plan: {name!r}", entry.get("form", "channel"), module.weight.shape[2:])
-                continue
-            got += f" {shape} with {groups} groups"
-        wanted = f"a convolution or linear layer {name!r} {entry['shape']} with {entry['groups']} groups"
-        raise ValueError(f"apply_plan: the plan wants {wanted}, got {got}")
-    with _Bar(len(plan.layers), "decompose", progress) as bar:
-        options = {"n_iter": plan.n_iter, "sequential": plan.sequential, "memory": memory, "seed": seed}
-        fits = fit_layers(model, plan.layers, batches, step=bar.step, **options)
-    return apply_fits(model, fits), fits
-
-
-def apply_fits(model: nn.Module, fits: dict[str, Fit]) -> nn.Module:
-    """Puts fitted layers in the place of the dense ones; returns the model (or the layer that replaces it)."""
-    for name, fit in fits.items():
-        dense = model.get_submodule(name)
-        model = replace(model, name, LAYER_OF[type(dense)]._from_fit(dense, fit.decomposition))
-    return model
 
 
 def to_dense(model: nn.Module) -> nn.Module:
@@ -496,45 +264,3 @@ def to_dense(model: nn.Module) -> nn.Module:
         if isinstance(module, CMD_LAYERS):
             dense = replace(dense, name, module.to_dense())
     return dense
-
-
-def _stats(before: Profile, after: Profile, network: Network, layers, pinned, scores, probes) -> Stats:
-    rows, plan = [], network.plan
-    costs = {layer.name: layer.costs(*pinned[layer.name]) for layer in layers if layer.name in pinned}
-    costs |= {name: candidate.costs for name, candidate in network.choice.items()}
-    for old, new in zip(before, after, strict=True):
-        if old.macs == 0 and old.name not in plan.skipped:
-            continue  # normalisations and the like: in the totals only
-        pairs = {kind: (getattr(old, kind), getattr(new, kind)) for kind in ("params", "bytes", "macs", "ms")}
-        name = "" if len(before) == 1 else old.name  # of a network of one layer
-        fit = network.fits.get(old.name, network.fits.get(name))
-        how = (fit.output_error, "data" if fit.data_aware else "weights") if fit else (None, None)
-        predicted = costs.get(old.name, costs.get(name, {})).get("latency")
-        note = plan.skipped.get(old.name, "")
-        rows.append(LayerStats(old.name, new.shape, new.rank, new.nnz, *pairs.values(), note, *how, predicted))
-    totals = [(getattr(before.total, kind), getattr(after.total, kind)) for kind in ("params", "bytes", "macs", "ms")]
-    return Stats(rows, plan.skipped, *totals, tuple(scores), network.recalibration, network.latency, probes)
-
-
-class _Bar:
-    """A tqdm bar where tqdm is installed and wanted, else nothing."""
-
-    def __init__(self, total: int, label: str, show: bool) -> None:
-        self._bar = None
-        if show:
-            try:
-                from tqdm import tqdm
-            except ImportError:
-                return
-            self._bar = tqdm(total=total, desc=label, leave=False, disable=None)  # None: only on a terminal
-
-    def step(self) -> None:
-        if self._bar is not None:
-            self._bar.update()
-
-    def __enter__(self) -> _Bar:
-        return self
-
-    def __exit__(self, *_) -> None:
-        if self._bar is not None:
-            self._bar.close()

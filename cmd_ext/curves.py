@@ -2,8 +2,8 @@
 
 With calibration data a layer's error is that of its outputs after a data-aware fit, the kind that it gets in the end: a
 path of fits over a grid of budgets and sparse coefficients, and between its points interpolation. Without data, and for
-layers that are fitted to their weights in the end, search.py has curves of the weight's error. With data, each layer
-alone is compressed at a few budgets, and the divergence of the network's outputs takes the place of the error.
+layers that are fitted to their weights in the end, it is that of the weight, from weight_curves.py. With data, each
+layer alone is compressed at a few budgets, and the divergence of the network's outputs takes the place of the error.
 """
 
 from __future__ import annotations
@@ -19,14 +19,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from . import distributed, search
+from . import distributed, weight_curves
+from .allocation import Candidate, Layer
 from .calibrate import Batch, divergence, outputs
 from .cost import kept_parameters
 from .decompose import Decomposition
 from .moments import MAX_FEATURES, second_moments
 from .path import Point, decompose_path_batch
 from .refit import MEMORY, memory_groups
-from .search import Candidate, Layer, interpolate, loss_at
+from .weight_curves import interpolate, loss_at
 
 GRID = (0.03, 0.05, 0.08, 0.12, 0.16, 0.2, 0.25, 0.3, 0.4, 0.5, 0.7)
 COEFFICIENTS = (1.0, 0.85, 0.6, 0.0)
@@ -100,7 +101,7 @@ def sizes(layers: list[Layer], round_to: int = 1) -> Curves:
     curves = {}
     for layer in layers:
         curves[layer.name] = [Candidate(None, None, 0.0, 0.0, layer.costs(None, None))]
-        pairs = [(budget, coefficient) for coefficient in COEFFICIENTS for budget in search.BUDGETS]
+        pairs = [(budget, coefficient) for coefficient in COEFFICIENTS for budget in weight_curves.BUDGETS]
         for form in layer.forms:
             offered = dict.fromkeys(_size(layer, *pair, round_to, form) for pair in pairs)
             curves[layer.name] += [
@@ -146,10 +147,10 @@ class _Meter:
 
 def _plain_curves(layers: list[Layer], meter: _Meter, round_to: int, step: Step) -> Curves:
     """Of fits to the weights."""
-    curves = search.error_curves(layers, round_to=round_to, step=step)
+    curves = weight_curves.error_curves(layers, round_to=round_to, step=step)
     if meter.sample:
         modules = {layer.name: meter.model.get_submodule(layer.name) for layer in layers}
-        search.measure_losses(layers, curves, modules, meter.loss, step)
+        weight_curves.measure_losses(layers, curves, modules, meter.loss, step)
     return curves
 
 
@@ -210,7 +211,7 @@ def _curve(layer: Layer, points: dict, fits: dict[Point, Decomposition], round_t
     for (_, coefficient), size in points.items():
         known[coefficient][_share(layer, size)] = fits[size].output_error ** 2
     found = [Candidate(None, None, 0.0, 0.0, layer.costs(None, None))]
-    for budget in search.BUDGETS:
+    for budget in weight_curves.BUDGETS:
         for coefficient, errors in known.items():
             size = _size(layer, budget, coefficient, round_to)
             if size is not None and _share(layer, size) < 1:

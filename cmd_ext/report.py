@@ -36,3 +36,27 @@ def share(part: float, whole: float) -> str:
 
 def ratio(before: float, after: float) -> str:
     return f"{before / after:.2f}x" if after else "-"
+
+
+class Bar:
+    """A tqdm bar where tqdm is installed and wanted, else nothing."""
+
+    def __init__(self, total: int, label: str, show: bool) -> None:
+        self._bar = None
+        if show:
+            try:
+                from tqdm import tqdm
+            except ImportError:
+                return
+            self._bar = tqdm(total=total, desc=label, leave=False, disable=None)  # None: only on a terminal
+
+    def step(self) -> None:
+        if self._bar is not None:
+            self._bar.update()
+
+    def __enter__(self) -> Bar:
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self._bar is not None:
+            self._bar.close()

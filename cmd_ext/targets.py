@@ -15,11 +15,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from . import dispatch, distributed, report, search
+from . import allocation, dispatch, distributed, report
+from .allocation import Candidate, Choice, Layer, UnsatisfiableError, in_units, total_costs, unsatisfiable
 from .calibrate import Batch, accuracy
 from .cost import LayerCost, Profile, profile_together
 from .refit import Fit
-from .search import Candidate, Choice, Layer, UnsatisfiableError, in_units, total_costs, unsatisfiable
 from .work import Work
 
 COSTS = ("params", "macs", "bytes")
@@ -215,7 +215,7 @@ class Problem:
                 choice = self._uniform(limits)
             else:
                 curves = {name: curve[:1] if name in self.reasons else curve for name, curve in self.curves.items()}
-                choice = search.allocate(curves, self.fixed, limits)
+                choice = allocation.allocate(curves, self.fixed, limits)
             totals = total_costs(choice, self.fixed)
             for kind, limit in limits.items():  # each may be within reach, and not all together
                 if totals[kind] > limit * (1 + 1e-9):
@@ -234,7 +234,7 @@ class Problem:
         }
         free = [layer for layer in self.layers if layer.name not in dense]
         fixed = total_costs(dense, self.fixed)
-        return {**dense, **search.uniform(free, self.coefficient, fixed, limits, self.round_to)}
+        return {**dense, **allocation.uniform(free, self.coefficient, fixed, limits, self.round_to)}
 
     def smallest(self, kind: str) -> float:
         """The least cost of the network that any choice reaches."""
@@ -264,7 +264,7 @@ class Problem:
 def log_profile(dense: Profile, layers: int) -> None:
     """Tells what is to be compressed."""
     total = dense.total
-    costs = ", ".join(f"{report.count(getattr(total, kind))} {search.UNITS[kind]}" for kind in COSTS)
+    costs = ", ".join(f"{report.count(getattr(total, kind))} {allocation.UNITS[kind]}" for kind in COSTS)
     _log.info("compress: %d of %d layers may be compressed; %s, %.3f ms", layers, len(dense), costs, total.ms)
 
 

@@ -10,14 +10,15 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from . import curves
+from .allocation import Layer, allocate, check_reachable
 from .calibrate import Batch, batches_of, loss, outputs, recalibrate_batchnorm, recalibrate_if_better
 from .candidates import candidates
-from .compress import SEARCHES, Plan, apply_fits, plan_of
+from .compress import SEARCHES
 from .cost import kept_parameters
 from .decompose import split_budget
 from .moments import call_order
+from .plan import Plan, apply_fits, plan_of
 from .refit import MEMORY, fit_layers
-from .search import Layer, allocate, check_reachable
 
 RECALIBRATE = ("auto", "never", "always")
 

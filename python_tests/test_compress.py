@@ -11,8 +11,8 @@ from torch import nn
 
 import cmd_ext
 from cmd_ext import CMDConv2d, CMDLinear, Plan, UnsatisfiableError, data, models
+from cmd_ext.allocation import Candidate, Layer, allocate, total_costs, uniform
 from cmd_ext.calibrate import accuracy, recalibrate_if_better
-from cmd_ext.search import Candidate, Layer, allocate, total_costs, uniform
 
 
 class Net(nn.Module):

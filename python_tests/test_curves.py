@@ -11,10 +11,10 @@ from small_net import smooth_images as images
 from torch import nn
 
 import cmd_ext
-from cmd_ext import UnsatisfiableError, curves, data, models, search, uniform
+from cmd_ext import UnsatisfiableError, allocation, curves, data, models, uniform
+from cmd_ext.allocation import Candidate, Layer
 from cmd_ext.calibrate import accuracy, batches_of, divergence, outputs
 from cmd_ext.curves import network_curves, sizes
-from cmd_ext.search import Candidate, Layer
 
 KINDS = ("params", "macs", "bytes")
 
@@ -218,8 +218,8 @@ def test_allocation_gives_more_to_the_layer_that_matters(net, found, monkeypatch
 
         monkeypatch.setattr(curves._Meter, "losses_of", scaled)
         got = network_curves(net, layers_of(net, ["first", "second"]), *found[2:])
-        choice = search.allocate(got, {"params": 0.0}, limits)
-        assert 0.9 * limits["params"] < search.total_costs(choice, {"params": 0.0})["params"] <= limits["params"]
+        choice = allocation.allocate(got, {"params": 0.0}, limits)
+        assert 0.9 * limits["params"] < allocation.total_costs(choice, {"params": 0.0})["params"] <= limits["params"]
         return choice["second"].costs["params"]
 
     assert kept(0.1) < kept(1.0) < kept(10.0)

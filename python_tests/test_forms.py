@@ -12,9 +12,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import cmd_ext
 from cmd_ext import CMDConv2d, CMDLinear, Plan, cpu_model, decompose, decompose_batch, dispatch, forms, models, ref
+from cmd_ext.allocation import Layer
 from cmd_ext.cost import kept_bytes, kept_macs, kept_parameters, stored_bytes
 from cmd_ext.decompose import split_budget
-from cmd_ext.search import Layer, error_curves
+from cmd_ext.weight_curves import error_curves
 
 # Torch itself warns of the copy that an even kernel under padding="same" needs.
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding=.same.")

@@ -11,7 +11,7 @@ from torch import nn
 
 import cmd_ext
 from cmd_ext import CMDLinear, UnsatisfiableError, cost, targets
-from cmd_ext.search import Candidate, Layer, allocate, total_costs
+from cmd_ext.allocation import Candidate, Layer, allocate, total_costs
 from cmd_ext.targets import Goal, Network, Problem
 
 REST = 1.0  # milliseconds beside the layers
