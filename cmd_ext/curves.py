@@ -27,9 +27,10 @@ from .decompose import Decomposition
 from .moments import MAX_FEATURES, second_moments
 from .path import Point, decompose_path_batch
 from .refit import MEMORY, memory_groups
+from .tables import Table, Tables
 from .weight_curves import interpolate, loss_at
 
-GRID = (0.03, 0.05, 0.08, 0.12, 0.16, 0.2, 0.25, 0.3, 0.4, 0.5, 0.7)
+GRID = (0.02, 0.03, 0.04, 0.05, 0.065, 0.08, 0.1, 0.12, 0.16, 0.2, 0.25, 0.3, 0.4, 0.5, 0.7)
 COEFFICIENTS = (1.0, 0.85, 0.6, 0.0)
 # Wide layers, whose fits take minutes, get fewer: m n^2 and the grid of both limits.
 WIDE, WIDE_GRID, WIDE_COEFFICIENTS = 1 << 32, (0.03, 0.08, 0.2, 0.4, 0.65), (1.0, 0.85, 0.0)
@@ -38,6 +39,7 @@ LOSS_BUDGETS = (0.03, 0.08, 0.2, 0.4)
 SAMPLES = 256  # of the calibration data: enough to rank layers by what they do to the outputs
 
 Curves = dict[str, list[Candidate]]
+Grid = dict[tuple[float, float], Point]  # (budget, sparse coefficient) -> (rank, nnz)
 Step = Callable[[], None]
 
 _log = logging.getLogger(__name__)
@@ -54,6 +56,7 @@ def network_curves(
     memory: int = MEMORY,
     seed: int = 0,
     step: Step = lambda: None,
+    tables: Tables | None = None,
 ) -> Curves:
     """The candidates of every layer, with the divergence of the network's outputs as their loss if there are data.
 
@@ -70,6 +73,8 @@ def network_curves(
         memory: bytes of second moments held at once, as in fit_layers.
         seed: of the choice of rows of the data.
         step: called four times a layer, once without data.
+        tables: where the fits to data are kept, and taken from if they are there; candidates of layers with such fits
+            are then these alone, without others between them.
 
     Returns:
         name -> candidates, the first one dense, in the order of `layers`.
@@ -83,9 +88,15 @@ def network_curves(
     modules = {name: model.get_submodule(name) for name in by_name}
     max_features = min(MAX_FEATURES, math.isqrt(max(memory // 8, 1)))
     for names in memory_groups([*by_name], modules, memory, max_features):
+        grid = {name: _points(by_name[name], round_to) for name in names}
+        if tables is not None and all(tables.find(by_name[name], _sizes(grid[name])) for name in names):
+            curves |= {name: _exact_curve(by_name[name], tables.tables[name]) for name in names}
+            for _ in range(len(LOSS_BUDGETS) * len(names)):
+                step()
+            continue
         moments = second_moments(model, batches, names, max_features=max_features, seed=seed)
         reached = [by_name[name] for name in names if name in moments]
-        curves |= distributed.first_rank_does(partial(_aware_curves, reached, moments, meter, round_to))
+        curves |= distributed.first_rank_does(partial(_aware_curves, reached, moments, meter, grid, round_to, tables))
     rest = [layer for layer in layers if layer.name not in curves]
     if rest:
         curves |= distributed.first_rank_does(partial(_plain_curves, rest, meter, round_to, step))
@@ -154,7 +165,14 @@ def _plain_curves(layers: list[Layer], meter: _Meter, round_to: int, step: Step)
     return curves
 
 
-def _aware_curves(layers: list[Layer], moments: dict[str, Tensor], meter: _Meter, round_to: int) -> Curves:
+def _aware_curves(
+    layers: list[Layer],
+    moments: dict[str, Tensor],
+    meter: _Meter,
+    grid: dict[str, Grid],
+    round_to: int,
+    tables: Tables | None,
+) -> Curves:
     """Of fits to the outputs; layers of one shape in one batch."""
     alike = defaultdict(list)
     for layer in layers:
@@ -163,9 +181,8 @@ def _aware_curves(layers: list[Layer], moments: dict[str, Tensor], meter: _Meter
     curves = {}
     for group in alike.values():
         start, first = time.process_time(), group[0]
-        wide = first.m * first.n**2 > WIDE
-        points = _points(first, WIDE_GRID if wide else GRID, WIDE_COEFFICIENTS if wide else COEFFICIENTS, round_to)
-        sizes = [*dict.fromkeys(points.values())]
+        points = grid[first.name]
+        sizes = _sizes(points)
         paths = decompose_path_batch(
             [layer.weight for layer in group],
             sizes,
@@ -177,9 +194,12 @@ def _aware_curves(layers: list[Layer], moments: dict[str, Tensor], meter: _Meter
             meter.fit_seconds + time.process_time() - start,
         )
         for layer, path in zip(group, paths, strict=True):
-            fits = dict(zip(sizes, path, strict=True))
-            curves[layer.name] = _curve(layer, points, fits, round_to)
-            _measure(layer, points, fits, curves[layer.name], meter)
+            losses = _measured(layer, points, dict(zip(sizes, path, strict=True)), meter)
+            if tables is not None:
+                curves[layer.name] = _exact_curve(layer, tables.keep(layer, sizes, path, losses))
+            else:
+                errors = {size: fit.output_error for size, fit in zip(sizes, path, strict=True)}
+                curves[layer.name] = _with_losses(_curve(layer, points, errors, round_to), losses)
     return curves
 
 
@@ -194,22 +214,28 @@ def _size(layer: Layer, budget: float, coefficient: float, round_to: int, form: 
     return rank, nnz
 
 
-def _points(layer: Layer, grid, coefficients, round_to: int) -> dict[tuple[float, float], Point]:
+def _points(layer: Layer, round_to: int) -> Grid:
     """(budget, coefficient) -> (rank, nnz)."""
-    pairs = ((budget, coefficient) for budget in grid for coefficient in coefficients)
-    sizes = {pair: _size(layer, *pair, round_to) for pair in pairs}
-    return {pair: size for pair, size in sizes.items() if size is not None}
+    wide = layer.m * layer.n**2 > WIDE
+    budgets, coefficients = (WIDE_GRID, WIDE_COEFFICIENTS) if wide else (GRID, COEFFICIENTS)
+    pairs = ((budget, coefficient) for budget in budgets for coefficient in coefficients)
+    found = {pair: _size(layer, *pair, round_to) for pair in pairs}
+    return {pair: size for pair, size in found.items() if size is not None}
+
+
+def _sizes(points: Grid) -> list[Point]:
+    return [*dict.fromkeys(points.values())]
 
 
 def _share(layer: Layer, size: Point) -> float:
     return kept_parameters(layer.m, layer.n, layer.groups, *size) / layer.size
 
 
-def _curve(layer: Layer, points: dict, fits: dict[Point, Decomposition], round_to: int) -> list[Candidate]:
+def _curve(layer: Layer, points: Grid, fitted: dict[Point, float], round_to: int) -> list[Candidate]:
     """The candidates of a layer over a finer grid than that of the fits; their errors are squared."""
     known: dict[float, dict[float, float]] = defaultdict(dict)  # coefficient -> share -> error
     for (_, coefficient), size in points.items():
-        known[coefficient][_share(layer, size)] = fits[size].output_error ** 2
+        known[coefficient][_share(layer, size)] = fitted[size] ** 2
     found = [Candidate(None, None, 0.0, 0.0, layer.costs(None, None))]
     for budget in weight_curves.BUDGETS:
         for coefficient, errors in known.items():
@@ -218,6 +244,15 @@ def _curve(layer: Layer, points: dict, fits: dict[Point, Decomposition], round_t
                 error = interpolate(sorted(errors.items()), _share(layer, size))
                 found.append(Candidate(*size, error, error, layer.costs(*size)))
     return _undominated(found)
+
+
+def _exact_curve(layer: Layer, table: Table) -> list[Candidate]:
+    """The fits of a table as candidates."""
+    found = [Candidate(None, None, 0.0, 0.0, layer.costs(None, None))]
+    for size, error in table.errors.items():
+        if _share(layer, size) < 1:
+            found.append(Candidate(*size, error**2, error**2, layer.costs(*size)))
+    return _with_losses(_undominated(found), table.losses)
 
 
 def _undominated(candidates: list[Candidate]) -> list[Candidate]:
@@ -229,16 +264,19 @@ def _undominated(candidates: list[Candidate]) -> list[Candidate]:
     return [c for c, beaten in zip(candidates, beats.any(0), strict=True) if not beaten]
 
 
-def _measure(
-    layer: Layer, points: dict, fits: dict[Point, Decomposition], curve: list[Candidate], meter: _Meter
-) -> None:
-    """Replaces the candidates' loss by the network's, measured with the best fits at a few budgets."""
+def _measured(layer: Layer, points: Grid, fits: dict[Point, Decomposition], meter: _Meter) -> list[tuple[float, float]]:
+    """(squared error, loss of the network) with the best fits of the layer at a few budgets."""
     chosen = []
     for wanted in LOSS_BUDGETS:
         sizes = [size for (budget, _), size in points.items() if budget == wanted]
         if sizes:
             chosen.append(min((fits[size] for size in sizes), key=lambda fit: fit.output_error))
     losses = meter.losses_of(layer.name, chosen)
-    measured = [(max(f.output_error**2, 1e-12), max(loss, 1e-9)) for f, loss in zip(chosen, losses, strict=True)]
+    return sorted((max(f.output_error**2, 1e-12), max(loss, 1e-9)) for f, loss in zip(chosen, losses, strict=True))
+
+
+def _with_losses(curve: list[Candidate], losses: list[tuple[float, float]]) -> list[Candidate]:
+    """The candidates with the network's loss in the place of their own error."""
     for candidate in curve[1:]:
-        candidate.loss = loss_at(sorted(measured), candidate.error)
+        candidate.loss = loss_at(losses, candidate.error)
+    return curve

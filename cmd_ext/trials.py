@@ -1,0 +1,292 @@
+"""Numbered trials in an Optuna study: each is made once, by whichever process takes it, and outlives a crash.
+
+A trial is taken by creating it, in one write that holds its number, its parameters and its owner; of two processes that
+take the same number the first one keeps it. What a killed process had taken is open again at once on its own host, and
+after a while elsewhere. The proposal of a number depends on the seed and on the finished trials alone, so one process
+that was killed and started again makes the same trials as one that was not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+PATIENCE = timedelta(hours=1)  # how long a trial of another host may run
+JOURNALS = (".log", ".journal", ".jsonl")
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A finished trial.
+
+    Attributes:
+        index: its number, from 0.
+        params: the values of the space.
+        loss: what is minimised; None if it was pruned.
+        result: what the evaluation told besides.
+    """
+
+    index: int
+    params: dict[str, float]
+    loss: float | None
+    result: dict[str, Any]
+
+
+class Pruned(Exception):
+    """Raised by an evaluation that stops early."""
+
+
+Propose = Callable[[int, list[Trial]], tuple[dict[str, float], dict[str, Any]]]
+Evaluate = Callable[[dict[str, Any], Callable[[int, float], None]], tuple[float, dict[str, Any]]]
+
+
+def available() -> bool:
+    """Whether Optuna is installed."""
+    try:
+        import optuna  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+class Study:
+    """The trials of one problem.
+
+    Attributes:
+        space: parameter -> (lowest, highest) value.
+    """
+
+    def __init__(self, checkpoint: str | os.PathLike | None, name: str, space: dict[str, tuple], seed: int) -> None:
+        """
+        Args:
+            checkpoint: SQLite file, journal file (.log, .journal, .jsonl) or URL of a database; None: memory alone.
+            name: of the study in the storage; two problems must not share one.
+            space: parameter -> (lowest, highest) value.
+            seed: of the proposals.
+
+        Raises:
+            OSError: the storage cannot be opened.
+        """
+        import optuna
+
+        self.space, self.seed = space, seed
+        self._optuna = optuna
+        self._distributions = {key: optuna.distributions.FloatDistribution(*ends) for key, ends in space.items()}
+        self._name, self._owner = name, _owner(os.getpid())
+        with self._quiet():
+            try:
+                self._study = optuna.create_study(
+                    storage=storage_of(checkpoint),
+                    sampler=optuna.samplers.RandomSampler(seed=0),
+                    pruner=optuna.pruners.PercentilePruner(50, n_startup_trials=8),
+                    study_name=name,
+                    load_if_exists=True,
+                )
+            except Exception as error:  # whatever the database's driver raises
+                reason = str(error).strip().partition("\n")[0]
+                raise OSError(f"compress: checkpoint {checkpoint} cannot be opened: {reason}") from error
+
+    @property
+    def lasting(self) -> bool:
+        """Whether other processes can see it."""
+        return not isinstance(self._study._storage, self._optuna.storages.InMemoryStorage)
+
+    def finished(self) -> list[Trial]:
+        """The trials that are done, by number."""
+        states = self._optuna.trial.TrialState
+        found = {}
+        for trial in self._study.get_trials(deepcopy=False, states=(states.COMPLETE, states.PRUNED)):
+            loss = trial.value if trial.state == states.COMPLETE else None
+            index = trial.user_attrs["index"]
+            found.setdefault(index, Trial(index, dict(trial.params), loss, trial.user_attrs.get("result", {})))
+        return [found[index] for index in sorted(found)]
+
+    def suggest(self, index: int) -> dict[str, float]:
+        """Values of the space for a trial, by the tree-structured Parzen estimator on the finished ones."""
+        optuna, names = self._optuna, sorted(self.space)
+        sampler = optuna.samplers.TPESampler(
+            seed=_mixed(self.seed, index), multivariate=True, n_startup_trials=STARTUP, warn_independent_sampling=False
+        )
+        space = {name: self._distributions[name] for name in names}
+        blank = optuna.trial.create_trial(state=optuna.trial.TrialState.RUNNING)
+        with self._quiet():
+            params = sampler.sample_relative(self._study, blank, space)
+            for name in names:
+                if name not in params:
+                    params[name] = sampler.sample_independent(self._study, blank, name, space[name])
+        return {name: float(params[name]) for name in names}
+
+    def run(self, count: int, propose: Propose, evaluate: Evaluate, done: Callable[[Trial], None]) -> list[Trial]:
+        """Makes the trials 0 ... count - 1 that are missing; returns when all are finished, here or elsewhere.
+
+        Args:
+            propose: (index, finished trials) -> values of the space ({}: none) and what `evaluate` gets.
+            evaluate: (proposal, report) -> loss and what to keep with it. report(step, loss so far) raises Pruned
+                where it is not worth going on.
+            done: called after each trial that was made here.
+        """
+        wait = 0.05
+        with self._quiet():
+            while True:
+                taken, finished = self._taken(), self.finished()
+                index = next((i for i in range(count) if i not in taken), None)
+                if index is None:
+                    if len([t for t in finished if t.index < count]) == count:
+                        return finished
+                    time.sleep(wait)
+                    wait = min(2.0, 1.5 * wait)
+                    continue
+                wait = 0.05
+                params, proposal = propose(index, finished)
+                number = self._take(index, params, proposal)
+                if number is not None:
+                    done(self._make(number, index, params, proposal, evaluate))
+
+    def _taken(self) -> set[int]:
+        """The numbers that are finished or under way; what nobody works on any more is marked as failed."""
+        states = self._optuna.trial.TrialState
+        taken = set()
+        for trial in self._study.get_trials(deepcopy=False, states=(states.COMPLETE, states.PRUNED, states.RUNNING)):
+            if trial.state == states.RUNNING and self._dead(trial):
+                self._tell(trial.number, state=states.FAIL)
+                _log.info("compress: trial %s was left by a process that ended", trial.user_attrs.get("index"))
+            else:
+                taken.add(trial.user_attrs["index"])
+        return taken
+
+    def _dead(self, trial: Any) -> bool:
+        owner = trial.user_attrs.get("owner", "")
+        host, _, process = owner.partition("/")
+        if host != socket.gethostname():
+            return trial.datetime_start is not None and datetime.now() - trial.datetime_start > PATIENCE
+        return _owner(int(process.partition("/")[0])) != owner
+
+    def _take(self, index: int, params: dict[str, float], proposal: dict) -> int | None:
+        """The Optuna number of a new trial; None where another process was faster."""
+        optuna, mark = self._optuna, f"{self._owner}/{time.time_ns()}"
+        attrs = {"index": index, "owner": self._owner, "mark": mark, "proposal": proposal}
+        states = optuna.trial.TrialState
+        distributions = {name: self._distributions[name] for name in params}
+        self._study.add_trial(
+            optuna.trial.create_trial(
+                state=states.RUNNING, params=params, distributions=distributions, user_attrs=attrs
+            )
+        )
+        rivals = [
+            trial
+            for trial in self._study.get_trials(deepcopy=False)
+            if trial.user_attrs.get("index") == index and trial.state != states.FAIL
+        ]
+        mine = next(trial.number for trial in rivals if trial.user_attrs["mark"] == mark)
+        if min(trial.number for trial in rivals) < mine:
+            self._tell(mine, state=states.FAIL)
+            return None
+        return mine
+
+    def _make(self, number: int, index: int, params: dict, proposal: dict, evaluate: Evaluate) -> Trial:
+        states, trial = self._optuna.trial.TrialState, self._handle(number)
+
+        def report(step: int, loss: float) -> None:
+            trial.report(loss, step)
+            if trial.should_prune():
+                raise Pruned
+
+        try:
+            loss, result = evaluate(proposal, report)
+        except Pruned:
+            self._tell(number, state=states.PRUNED)
+            return Trial(index, params, None, {})
+        except BaseException:
+            self._tell(number, state=states.FAIL)
+            raise
+        trial.set_user_attr("result", result)
+        self._tell(number, values=loss)
+        return Trial(index, params, loss, result)
+
+    def _handle(self, number: int) -> Any:
+        frozen = next(trial for trial in self._study.get_trials(deepcopy=False) if trial.number == number)
+        return self._optuna.trial.Trial(self._study, frozen._trial_id)
+
+    def _tell(self, number: int, **what: Any) -> None:
+        self._study.tell(number, skip_if_finished=True, **what)
+
+    @contextmanager
+    def _quiet(self) -> Iterator[None]:
+        """Without Optuna's lines about every trial."""
+        optuna = self._optuna
+        before = optuna.logging.get_verbosity()
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        try:
+            yield
+        finally:
+            optuna.logging.set_verbosity(before)
+
+
+STARTUP = 8  # random trials before the estimator takes over
+
+
+def storage_of(checkpoint: str | os.PathLike | None) -> Any:
+    """Optuna's storage: a SQLite file, a journal file by its ending, or the database of a URL."""
+    if checkpoint is None:
+        return None
+    text = os.fspath(checkpoint)
+    if "://" in text and not text.startswith("sqlite:///"):
+        return text
+    path = Path(text.removeprefix("sqlite:///"))
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"compress: checkpoint {path}: there is no folder {path.parent}")
+    if path.is_dir():
+        raise IsADirectoryError(f"compress: checkpoint {path} must be a file or a URL, got a folder")
+    from optuna import storages
+
+    if path.suffix in JOURNALS:
+        lock = storages.journal.JournalFileOpenLock(str(path), grace_period=10)
+        _mend(path, lock)
+        return storages.JournalStorage(storages.journal.JournalFileBackend(str(path), lock_obj=lock))
+    return storages.RDBStorage(f"sqlite:///{path}", engine_kwargs={"connect_args": {"timeout": 60}})
+
+
+def _mend(path: Path, lock: Any) -> None:
+    """Cuts off the line of a journal that a killed process left unfinished."""
+    if not path.exists():
+        return
+    lock.acquire()
+    try:
+        content = path.read_bytes()
+        whole = content.rfind(b"\n") + 1
+        if whole < len(content):
+            os.truncate(path, whole)
+    finally:
+        lock.release()
+
+
+def _owner(pid: int) -> str | None:
+    """host/pid/start of a running process, None if there is none."""
+    host = socket.gethostname()
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+        return f"{host}/{pid}/{stat.rpartition(')')[2].split()[19]}"
+    except OSError:
+        pass
+    try:  # no /proc on this system
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return None
+    except OSError:
+        pass
+    return f"{host}/{pid}/" if not Path("/proc/self/stat").exists() else None
+
+
+def _mixed(seed: int, index: int) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed} {index}".encode()).digest()[:4], "big")
