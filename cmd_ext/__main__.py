@@ -43,6 +43,10 @@ def _parser() -> argparse.ArgumentParser:
         sub.set_defaults(run=run)
         return sub
 
+    def trials(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("--trials", type=int, default=50, help="of --search cmd (default 50)")
+        sub.add_argument("--checkpoint", help="of --search cmd: SQLite or journal file or database URL to go on from")
+
     def network(sub: argparse.ArgumentParser) -> None:
         sub.add_argument(
             "--model", required=True, help="resnet56 and the like, torchvision:NAME, timm:NAME or module:callable"
@@ -89,6 +93,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--search", choices=SEARCHES, default="uniform", help="the same share for each of them, or one share of all"
     )
+    trials(sub)
     sub.add_argument("--sparse-coefficient", type=float, help="share of S in a uniform budget (default 0.7)")
     sub.add_argument("--calibration", type=int, default=512, help="training images that the layers are fitted to")
     sub.add_argument("--no-data-aware", action="store_true", help="fit to the weights alone")
@@ -97,7 +102,6 @@ def _parser() -> argparse.ArgumentParser:
         type=int,
         nargs="?",
         const=1,
-        default=0,
         metavar="LAYERS",
         help="fit to what compressed layers give",
     )
@@ -213,10 +217,10 @@ def _share(text: str) -> float:
 def _eval(args: argparse.Namespace) -> None:
     if args.budget is None and args.sparse_coefficient is not None:
         raise ValueError("--sparse-coefficient divides a budget, got it without --budget")
-    if args.search == "allocate" and args.budget is None:
-        raise ValueError("--search allocate divides a budget, got it without --budget")
-    if args.search == "allocate" and args.sparse_coefficient is not None:
-        raise ValueError("--search allocate chooses the sparse coefficients, got --sparse-coefficient too")
+    if args.search != "uniform" and args.budget is None:
+        raise ValueError(f"--search {args.search} divides a budget, got it without --budget")
+    if args.search != "uniform" and args.sparse_coefficient is not None:
+        raise ValueError(f"--search {args.search} chooses the sparse coefficients, got --sparse-coefficient too")
     if args.budget is not None and args.compressed:
         raise ValueError("--budget compresses a dense network, got --compressed too")
     torch.manual_seed(args.seed)
@@ -243,9 +247,10 @@ def _eval_budget(args: argparse.Namespace, model: torch.nn.Module, tests) -> Non
         sequential=args.sequential,
         recalibrate=args.recalibrate,
         seed=args.seed,
+        **({"n_trials": args.trials, "checkpoint": args.checkpoint} if args.search == "cmd" else {}),
     )
     (kept, whole), errors = trial.values, trial.output_errors.values()
-    search = f"{trial.search_seconds:.1f} search, " if args.search == "allocate" else ""
+    search = f"{trial.search_seconds:.1f} search, " if args.search != "uniform" else ""
     print(
         f"compressed: {kept} of {whole} values ({report.share(kept, whole)}) of {len(errors)} convolutions, "
         f"{len(errors) - len(trial.to_weights)} fitted to {sum(len(y) for _, y in calibration)} training images\n"

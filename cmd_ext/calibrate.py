@@ -134,7 +134,7 @@ def recalibrate_batchnorm(model: nn.Module, loader: Iterable, n_batches: int | N
     Raises:
         ValueError: no batch.
     """
-    norms = _batch_norms(model)
+    norms = batch_norms(model)
     batches = batches_of(loader, n_batches)
     if not norms:
         return model
@@ -161,7 +161,7 @@ def recalibrate_if_better(
     model: nn.Module, batches: list[Batch], reference: list[Tensor]
 ) -> tuple[float, float] | None:
     """recalibrate_batchnorm, undone unless the loss on the batches falls. Returns the loss (before, after)."""
-    norms = _batch_norms(model)
+    norms = batch_norms(model)
     if not norms:
         return None
     saved = [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers(recurse=False)]
@@ -174,5 +174,6 @@ def recalibrate_if_better(
     return before, after
 
 
-def _batch_norms(model: nn.Module) -> list[nn.Module]:
+def batch_norms(model: nn.Module) -> list[nn.Module]:
+    """The batch norms that have running statistics."""
     return [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]

@@ -3,40 +3,80 @@
 from __future__ import annotations
 
 import copy
+import logging
+import math
+import os
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from . import curves, distributed, forms, report, targets
-from .allocation import Candidate, Choice, Layer, check_reachable, front
-from .calibrate import batches_of, outputs, recalibrate_if_better
+from . import curves, distributed, fingerprints, forms, report, targets, trials
+from .allocation import Candidate, Choice, Layer, check_reachable, front, unsatisfiable
+from .calibrate import Batch, batches_of, outputs, recalibrate_if_better
 from .candidates import MIN_SIZE, candidates
 from .cost import CMD_LAYERS, Profile, profile_together
-from .modules import replace
+from .modules import replace as put_in_place
 from .plan import Plan, apply_plan, fit_plan, plan_of
 from .refit import MEMORY
+from .search import Assembly, Correction, Outcome, distance, scores, start_limits
+from .search import search as run_search
 from .stats import Stats, stats_of
+from .tables import Tables, folder_of
 from .targets import Goal, Network, Problem
 
-SEARCHES = ("allocate", "uniform")
+SEARCHES = ("cmd", "allocate", "uniform")
+
+PASSES = 12  # over the calibration data, of a sequential fit that nobody asked for
+
+_log = logging.getLogger(__name__)
 
 __all__ = ["SEARCHES", "Plan", "Result", "Stats", "apply_plan", "compress", "to_dense"]
 
 
 @dataclass
 class Result:
-    """compress()'s result: the compressed model, its plan, the before/after statistics and the predicted front.
+    """compress()'s result.
 
-    `front` lists, for search="allocate", the predicted trade-off as rows {constraint, "share", "loss"}.
+    Attributes:
+        model: the compressed network.
+        plan: what its layers became.
+        stats: before and after.
+        front: the trade-off, ascending in cost: rows {"params", "macs", "bytes", perhaps "latency", "share" of dense,
+            "loss"}. For "cmd" networks that were measured, which no other one undercuts in loss and a cost, with their
+            top-1 "accuracy" on the calibration data if it has class targets; for "allocate" predictions.
+        search: what was done: "cmd", "allocate" or "uniform".
+        trials: of "cmd", all of them: {"trial", "loss" (None if it was stopped early), "accuracy", "costs",
+            "correction"}.
     """
 
     model: nn.Module
     plan: Plan
     stats: Stats
     front: list[dict]
+    search: str = "allocate"
+    trials: list[dict] = field(default_factory=list)
+    _plan_at: Callable[[dict], Plan] | None = field(default=None, repr=False)
+
+    def at(self, **constraints: str | float) -> Plan:
+        """The plan for other constraints, at no further search.
+
+        Args:
+            constraints: as of compress, e.g. params="20%", or several. A "latency" is that of the model of the device,
+                corrected by what was measured. "score_drop", alone: the smallest network of `front` whose accuracy on
+                the calibration data is at most so far below the dense network's.
+
+        Returns:
+            A plan for apply_plan.
+
+        Raises:
+            UnsatisfiableError: it cannot be met; `closest` is the nearest reachable value.
+            ValueError: an unknown constraint or a value out of range; a score_drop where `front` has no accuracies.
+        """
+        return self._plan_at(constraints)
 
 
 def compress(
@@ -46,7 +86,9 @@ def compress(
     constraints: dict[str, str | float],
     calibration: Iterable | None = None,
     evaluate: Callable[[nn.Module], float] | None = None,
-    search: str = "allocate",
+    search: str = "cmd",
+    n_trials: int = 50,
+    checkpoint: str | os.PathLike | None = None,
     sparse_coefficient: float | None = None,
     filter_fn: Callable[[str, nn.Module], bool] | None = None,
     overrides: dict[str, dict | str] | None = None,
@@ -55,7 +97,7 @@ def compress(
     form: str = "auto",
     n_iter: int = 20,
     data_aware: bool = True,
-    sequential: int = False,
+    sequential: int | None = None,
     memory: int = MEMORY,
     seed: int = 0,
     progress: bool = True,
@@ -77,9 +119,15 @@ def compress(
             network's own outputs, the chosen sizes are fitted to the layers' outputs on them, and batch-norm
             statistics are recalibrated where that lowers the loss on them.
         evaluate: score of a model, higher is better; reported before and after, decisive for "score_drop".
-        search: "allocate" (per-layer error curves, with calibration data those of the fits to them, and least predicted
-            loss) or "uniform" (one budget for all layers; a
-            share of their bytes where "bytes" is the only constraint, of their parameters otherwise).
+        search: "cmd": the allocation of "allocate", then trials that correct it, measured on the calibration data;
+            needs Optuna and calibration data; without them it is "allocate", which the log tells. "allocate":
+            per-layer error curves, with calibration data those of the fits to them, and least predicted loss.
+            "uniform": one budget for all layers; a share of their bytes where "bytes" is the only constraint, of their
+            parameters otherwise. "cmd" keeps the network of "allocate" where its calibration loss is no larger.
+        n_trials: of "cmd".
+        checkpoint: of "cmd": a SQLite file, a journal file (.log, .journal, .jsonl) or the URL of a database, for
+            Optuna; the fits are kept beside it (for a URL in the user's cache folder). What was killed goes on where it
+            was, several processes share the trials, another constraint starts with the fits.
         sparse_coefficient: of "uniform"; 0.7 if None. "allocate" chooses it per layer.
         filter_fn: (name, module) -> compress this layer?
         overrides: name -> {"rank", "density"} or {"rank", "nnz"} or {"budget", "sparse_coefficient", "budget_unit"} or
@@ -87,14 +135,16 @@ def compress(
         round_to: ranks are multiples of this.
         min_size: layers with fewer weights stay dense.
         form: of the low-rank branch of k x k convolutions: "channel", "spatial" (1 x k, then k x 1; fitted to the
-            weight alone), or "auto": the better one of each layer under the constraints for "allocate" without
+            weight alone), or "auto": the better one of each layer under the constraints for these searches without
             data-aware fits, else "channel".
         n_iter: passes of the final fit.
         data_aware: with calibration data, keep for each layer whichever fit has the smaller output error: to its
             weight, or to its outputs. False: to the weights only.
         sequential: fit layer after layer, each to inputs from the compressed layers before it and to the outputs of the
             dense network, which mends a part of their error. It is the number of layers that share a pass over the
-            calibration data through both networks: True is 1, best and slowest; 4 takes a quarter of the passes.
+            calibration data through both networks: 1 is best and slowest; 4 takes a quarter of the passes; 0 is no such
+            fit. None: 0, but "cmd" refits its network in about a dozen passes, unless a score_drop is sought, and keeps
+            what has the smaller calibration loss.
         memory: bytes of second moments that the error curves and the final fit hold at once.
         seed: of the random choices, such as the rows of calibration images; the result is reproducible.
         progress: show a bar (with tqdm) or lines.
@@ -117,9 +167,10 @@ def compress(
         raise ValueError(f"compress: search must be one of {', '.join(SEARCHES)}, got {search!r}")
     if form not in ("auto", *forms.FORMS):
         raise ValueError(f"compress: form must be one of auto, {', '.join(forms.FORMS)}, got {form!r}")
-    if round_to < 1:
-        raise ValueError(f"compress: round_to must be >= 1, got {round_to}")
-    if sequential < 0:
+    for name, value, least in (("round_to", round_to, 1), ("n_trials", n_trials, 1)):
+        if value < least:
+            raise ValueError(f"compress: {name} must be >= {least}, got {value}")
+    if sequential is not None and sequential < 0:
         raise ValueError(f"compress: sequential must be a number of layers, 0 for none, got {sequential}")
     torch_rng = torch.random.get_rng_state()
     torch.manual_seed(seed)
@@ -129,55 +180,229 @@ def compress(
         chosen, skipped = candidates(model, filter_fn, overrides, min_size)
         dense = copy.deepcopy(model)
         timed = "latency" in constraints
-        dense_profile = distributed.first_rank_does(
+        profile = distributed.first_rank_does(
             lambda: profile_together([dense], example_inputs, repeats=targets.REPEATS if timed else 1)[0]
         )
-        goal = targets.goal_of(constraints, dense_profile)
+        goal = targets.goal_of(constraints, profile)
+        targets.log_profile(profile, len(chosen))
+        search = _possible(search, batches)
         reference = outputs(dense, batches)
-        score = evaluate if goal.score_drop is None else targets.scorer(evaluate, batches, reference)
         if form == "auto" and (search == "uniform" or (batches and data_aware)):
             form = "channel"
-        layers, pinned = _layers(dense, chosen, overrides, dense_profile, form, timed)
-        targets.log_profile(dense_profile, len(layers))
-        options = {"coefficient": sparse_coefficient, "round_to": round_to}
-        options |= {"data_aware": data_aware, "memory": memory, "seed": seed}
-        problem, trade_off = _problem(
-            search, dense, layers, pinned, batches, reference, goal, dense_profile, progress, **options
-        )
-        fitted_to = batches if data_aware else []
-        several = timed or goal.score_drop is not None
-
-        def build(choice: Choice, reasons: dict[str, str]) -> Network:
-            plan = plan_of(layers, pinned, choice, {**skipped, **reasons}, n_iter)
-            plan.data_aware, plan.sequential = bool(fitted_to), int(sequential) if fitted_to else 0
-            fresh = copy.deepcopy(dense) if several else dense
-            compressed, fits = fit_plan(fresh, plan, fitted_to, memory, seed, progress)
-            losses = None
-            if batches:
-                losses = distributed.first_rank_does(lambda: recalibrate_if_better(compressed, batches, reference))
-            if distributed.world_size() > 1:
-                distributed.copy_from_first_rank(compressed)
-            return Network(compressed, plan, choice, fits, losses)
-
-        def solve(goal: Goal) -> Network:
-            if timed:
-                return targets.meet_latency(problem, goal, build, model, example_inputs)
-            return build(problem.choose(goal.limits), problem.reasons)
-
-        scores, probes = (None, None), []
-        if goal.score_drop is not None:
-            dense_score = score(model)
-            network, probes = targets.meet_score(problem, goal, solve, score, dense_score)
-            scores = dense_score, network.score
+        layers, pinned = _layers(dense, chosen, overrides, profile, form, timed)
+        facts = {"layers": layers, "pinned": pinned, "skipped": skipped, "goal": goal, "profile": profile}
+        facts |= {"batches": batches, "reference": reference, "evaluate": evaluate, "example_inputs": example_inputs}
+        facts |= {"n_iter": n_iter, "data_aware": data_aware, "sequential": sequential, "memory": memory}
+        job = _Job(model, dense, **facts, seed=seed, progress=progress)
+        if search == "cmd":
+            job.tables = Tables(checkpoint and folder_of(checkpoint), *job.facts(round_to))
+        problem, front = job.problem(search, sparse_coefficient, round_to)
+        if search == "cmd" and problem.layers:
+            outcome, network, probes, final = job.search(problem, n_trials, checkpoint)
+            found = {"front": outcome.front, "trials": outcome.trials}
         else:
-            network = solve(goal)
-            if evaluate:
-                scores = evaluate(model), evaluate(network.model)
-        profiles = network.profiles or profile_together([model, network.model], example_inputs)
-        stats = stats_of(*profiles, network, layers, pinned, scores, probes)
-        return Result(network.model, network.plan, stats, trade_off)
+            (network, probes), final = job.solve(problem), problem
+            found = {"front": front}
+        stats = job.stats(network, probes)
+        at = partial(job.plan_at, final, problem, found["front"])
+        return Result(network.model, network.plan, stats, search=search, _plan_at=at, **found)
     finally:
         torch.random.set_rng_state(torch_rng)
+
+
+def _possible(search: str, batches: list[Batch]) -> str:
+    """ "allocate" in the place of "cmd" where that has nothing to measure, or no Optuna."""
+    if search != "cmd":
+        return search
+    if not batches:
+        _log.info("compress: search='cmd' measures its trials on calibration data; without: 'allocate'")
+        return "allocate"
+    if not trials.available():
+        _log.warning("compress: search='cmd' needs Optuna, `pip install 'cmd_ext[search]'`; without it: 'allocate'")
+        return "allocate"
+    return search
+
+
+@dataclass
+class _Job:
+    """One call of compress: what its steps share, and these steps."""
+
+    model: nn.Module
+    dense: nn.Module
+    layers: list[Layer]
+    pinned: dict[str, tuple[int, int, str]]
+    skipped: dict[str, str]
+    goal: Goal
+    profile: Profile
+    batches: list[Batch]
+    reference: list[Tensor]
+    evaluate: Callable[[nn.Module], float] | None
+    example_inputs: Any
+    n_iter: int
+    data_aware: bool
+    sequential: int | None
+    memory: int
+    seed: int
+    progress: bool
+    tables: Tables | None = None
+
+    def __post_init__(self) -> None:
+        goal, evaluate = self.goal, self.evaluate
+        self.score = evaluate if goal.score_drop is None else targets.scorer(evaluate, self.batches, self.reference)
+        self.dense_score = None if goal.score_drop is None else self.score(self.model)
+        self.fingerprints = {"weights": fingerprints.of_model(self.dense)}
+        if self.batches:
+            self.fingerprints["data"] = fingerprints.of_facts(
+                distributed.all_ranks_say(fingerprints.of_data(self.batches))
+            )
+
+    def facts(self, round_to: int) -> tuple:
+        """What decomposition tables follow from."""
+        return *self.fingerprints.values(), self.data_aware, round_to, self.memory, self.seed
+
+    def problem(self, search: str, coefficient: float | None, round_to: int) -> tuple[Problem, list[dict]]:
+        """The candidates of every layer that is not pinned, with what they lose, and the predicted trade-off."""
+        goal, total = self.goal, self.profile.total
+        free = [layer for layer in self.layers if layer.name not in self.pinned]
+        kinds = (*targets.COSTS, "latency") if "latency" in goal.limits else targets.COSTS
+        fixed = {kind: float(total.ms if kind == "latency" else getattr(total, kind)) for kind in kinds}
+        for layer in self.layers:
+            pinned = layer.name in self.pinned
+            costs = layer.costs(*self.pinned[layer.name]) if pinned else dict.fromkeys(kinds, 0.0)
+            for kind, whole in layer.costs(None, None).items():
+                fixed[kind] += costs[kind] - whole
+        problem = Problem(free, None, fixed, coefficient, round_to)
+        if search == "uniform":
+            targets.log_limits(goal, problem)
+            return problem, []
+        problem.curves = curves.sizes(free, round_to)
+        targets.log_limits(goal, problem)
+        if self.batches and self.data_aware:  # before fits that take their time
+            distributed.first_rank_does(lambda: check_reachable(problem.curves, fixed, goal.limits))
+        how = {"round_to": round_to, "data_aware": self.data_aware, "memory": self.memory, "seed": self.seed}
+        with report.Bar((4 if self.batches else 1) * len(free), "error curves", self.progress) as bar:
+            how |= {"step": bar.step, "tables": self.tables}
+            found = curves.network_curves(self.dense, free, self.batches, self.reference, **how)
+
+        def prepared() -> tuple[dict[str, list[Candidate]], dict[str, str], list[dict]]:
+            problem.curves = dict(found)
+            if "latency" in goal.limits:
+                problem.drop_slower()
+            check_reachable(problem.curves, fixed, goal.limits)
+            shown = next(iter(goal.limits), "params")
+            return problem.curves, problem.reasons, front(problem.curves, fixed, shown)
+
+        problem.curves, problem.reasons, trade_off = distributed.first_rank_does(prepared)
+        return problem, trade_off
+
+    def search(
+        self, problem: Problem, n_trials: int, checkpoint: str | os.PathLike | None
+    ) -> tuple[Outcome, Network, list[dict], Problem]:
+        """The search, and the better one of the networks with and without its corrections."""
+        assembly = Assembly(self.dense, problem.layers, self.tables, self.batches, self.reference)
+        goal = self.goal
+        limits = goal.limits or distributed.first_rank_does(
+            lambda: start_limits(problem, assembly, self.score, self.dense_score - goal.score_drop)
+        )
+        how = {"seed": self.seed, "progress": self.progress, "facts": self.facts(problem.round_to)}
+        outcome = run_search(problem, limits, assembly, n_trials=n_trials, checkpoint=checkpoint, **how)
+        plain = problem.copy()
+        plain.curves = curves.finer(problem.layers, problem.curves, self.tables, problem.round_to)
+        if "latency" in limits:
+            plain.drop_slower()
+        corrected = problem.copy()
+        corrected.curves = outcome.correction.apply(problem.curves)
+        found = [(*self.solve(candidate), candidate) for candidate in (corrected, plain)]
+        kind = next(iter(limits))
+        values = [distributed.first_rank_does(partial(self._badness, network, kind)) for network, *_ in found]
+        _log.info("compress: calibration loss %.4f with the search, %.4f without", values[0][-1], values[1][-1])
+        network, probes, final = found[0 if values[0] <= values[1] else 1]
+        if self.sequential is None and network.plan.data_aware and network.plan.layers and goal.score_drop is None:
+            network = self.refitted(network)
+        return outcome, network, probes, final
+
+    def _badness(self, network: Network, kind: str) -> tuple[bool, float, float]:
+        """Whether it misses a latency, its cost where that is what is sought, and its calibration loss."""
+        missed = network.latency is not None and not network.latency["met"]
+        size = 0.0
+        if self.goal.score_drop is not None:
+            size = sum(candidate.costs[kind] for candidate in network.choice.values())
+        return missed, size, self._loss(network.model)
+
+    def _loss(self, model: nn.Module) -> float:
+        """How far the outputs on the calibration data are from the dense network's."""
+        return distance(self.reference, outputs(model, self.batches))
+
+    def solve(self, problem: Problem) -> tuple[Network, list[dict]]:
+        """The network that meets the goal, and what a search for a score tried."""
+
+        def at(goal: Goal) -> Network:
+            if "latency" in goal.limits:
+                return targets.meet_latency(problem, goal, self.build, self.model, self.example_inputs)
+            return self.build(problem.choose(goal.limits), problem.reasons)
+
+        if self.goal.score_drop is None:
+            return at(self.goal), []
+        return targets.meet_score(problem, self.goal, at, self.score, self.dense_score)
+
+    def plan(self, choice: Choice, reasons: dict[str, str]) -> Plan:
+        plan = plan_of(self.layers, self.pinned, choice, {**self.skipped, **reasons}, self.n_iter)
+        plan.data_aware = bool(self.batches) and self.data_aware
+        plan.sequential = int(self.sequential or 0) if plan.data_aware else 0
+        plan.fingerprints = dict(self.fingerprints)
+        return plan
+
+    def build(self, choice: Choice, reasons: dict[str, str]) -> Network:
+        """The fitted network of a choice, recalibrated where that is better."""
+        return self.fitted(self.plan(choice, reasons), choice)
+
+    def fitted(self, plan: Plan, choice: Choice) -> Network:
+        """The network of a plan."""
+        fitted_to = self.batches if self.data_aware else []
+        model, fits = fit_plan(copy.deepcopy(self.dense), plan, fitted_to, self.memory, self.seed, self.progress)
+        losses = None
+        if self.batches:
+            losses = distributed.first_rank_does(lambda: recalibrate_if_better(model, self.batches, self.reference))
+        if distributed.world_size() > 1:
+            distributed.copy_from_first_rank(model)
+        return Network(model, plan, choice, fits, losses)
+
+    def refitted(self, network: Network) -> Network:
+        """The same sizes fitted sequentially, if that is better."""
+        plan = replace(network.plan, sequential=math.ceil(len(network.plan.layers) / PASSES))
+        other = self.fitted(plan, network.choice)
+        other.profiles, other.latency = network.profiles, network.latency
+        values = [distributed.first_rank_does(partial(self._loss, n.model)) for n in (network, other)]
+        _log.info("compress: calibration loss %.4f fitted in parallel, %.4f sequentially", *values)
+        return other if values[1] < values[0] else network
+
+    def stats(self, network: Network, probes: list[dict]) -> Stats:
+        scores = (None, None)
+        if self.goal.score_drop is not None:
+            scores = self.dense_score, network.score
+        elif self.evaluate:
+            scores = self.evaluate(self.model), self.evaluate(network.model)
+        profiles = network.profiles or profile_together([self.model, network.model], self.example_inputs)
+        return stats_of(*profiles, network, self.layers, self.pinned, scores, probes)
+
+    def plan_at(self, final: Problem, measured: Problem, front: list[dict], constraints: dict) -> Plan:
+        """Result.at: from the candidates of the network that was returned, or from a row of the front."""
+        goal = targets.goal_of(constraints, self.profile)
+        if goal.score_drop is None:
+            limits = {kind: limit / final.ratio if kind == "latency" else limit for kind, limit in goal.limits.items()}
+            return self.plan(final.choose(limits), final.reasons)
+        rows = [row for row in front if "accuracy" in row]
+        if goal.limits or not rows:
+            raise ValueError(
+                "compress: at(score_drop=...) stands alone and needs search='cmd' with class targets in the "
+                f"calibration data, got {', '.join(constraints)} and {len(rows)} networks with an accuracy"
+            )
+        whole = scores(self.reference, self.reference, self.batches)["accuracy"]
+        row = next((row for row in rows if whole - row["accuracy"] <= goal.score_drop), None)
+        if row is None:
+            raise unsatisfiable("score_drop", goal.score_drop, whole - max(row["accuracy"] for row in rows))
+        corrected = replace(measured, curves=Correction(**row["correction"]).apply(measured.curves))
+        return self.plan(corrected.choose(row["limits"]), measured.reasons)
 
 
 def _layers(
@@ -220,47 +445,10 @@ def _override_sizes(name: str, entry: Any, layer: Layer) -> tuple[int, int, str]
     return rank, nnz, form
 
 
-def _problem(
-    kind, model, layers, pinned, batches, reference, goal: Goal, dense, progress, *, coefficient, round_to, **fit
-) -> tuple[Problem, list[dict]]:
-    """The candidates of every layer that is not pinned, with what they lose, and the predicted trade-off.
-
-    `fit` holds options of network_curves.
-    """
-    free = [layer for layer in layers if layer.name not in pinned]
-    kinds = (*targets.COSTS, "latency") if "latency" in goal.limits else targets.COSTS
-    fixed = {c: float(dense.total.ms if c == "latency" else getattr(dense.total, c)) for c in kinds}
-    for layer in layers:
-        costs = layer.costs(*pinned[layer.name]) if layer.name in pinned else dict.fromkeys(kinds, 0.0)
-        for c, whole in layer.costs(None, None).items():
-            fixed[c] += costs[c] - whole
-    problem = Problem(free, None, fixed, coefficient, round_to)
-    if kind == "uniform":
-        targets.log_limits(goal, problem)
-        return problem, []
-    problem.curves = curves.sizes(free, round_to)
-    targets.log_limits(goal, problem)
-    if batches and fit["data_aware"]:  # before fits that take their time
-        distributed.first_rank_does(lambda: check_reachable(problem.curves, fixed, goal.limits))
-    with report.Bar((4 if batches else 1) * len(free), "error curves", progress) as bar:
-        found = curves.network_curves(model, free, batches, reference, round_to=round_to, step=bar.step, **fit)
-
-    def prepared() -> tuple[dict[str, list[Candidate]], dict[str, str], list[dict]]:
-        problem.curves = dict(found)
-        if "latency" in goal.limits:
-            problem.drop_slower()
-        check_reachable(problem.curves, fixed, goal.limits)
-        shown = next(iter(goal.limits), "params")
-        return problem.curves, problem.reasons, front(problem.curves, fixed, shown)
-
-    problem.curves, problem.reasons, trade_off = distributed.first_rank_does(prepared)
-    return problem, trade_off
-
-
 def to_dense(model: nn.Module) -> nn.Module:
     """A copy of the model with plain nn.Conv2d and nn.Linear layers in place of the compressed ones."""
     dense = copy.deepcopy(model)
     for name, module in list(dense.named_modules()):
         if isinstance(module, CMD_LAYERS):
-            dense = replace(dense, name, module.to_dense())
+            dense = put_in_place(dense, name, module.to_dense())
     return dense

@@ -89,8 +89,9 @@ def network_curves(
     max_features = min(MAX_FEATURES, math.isqrt(max(memory // 8, 1)))
     for names in memory_groups([*by_name], modules, memory, max_features):
         grid = {name: _points(by_name[name], round_to) for name in names}
-        if tables is not None and all(tables.find(by_name[name], _sizes(grid[name])) for name in names):
-            curves |= {name: _exact_curve(by_name[name], tables.tables[name]) for name in names}
+        kept = distributed.first_rank_does(partial(_kept, [by_name[name] for name in names], grid, tables))
+        if kept is not None:
+            curves |= kept
             for _ in range(len(LOSS_BUDGETS) * len(names)):
                 step()
             continue
@@ -201,6 +202,25 @@ def _aware_curves(
                 errors = {size: fit.output_error for size, fit in zip(sizes, path, strict=True)}
                 curves[layer.name] = _with_losses(_curve(layer, points, errors, round_to), losses)
     return curves
+
+
+def _kept(layers: list[Layer], grid: dict[str, Grid], tables: Tables | None) -> Curves | None:
+    """The candidates of layers that all have tables already."""
+    if tables is None or not all(tables.find(layer, _sizes(grid[layer.name])) for layer in layers):
+        return None
+    return {layer.name: _exact_curve(layer, tables.tables[layer.name]) for layer in layers}
+
+
+def finer(layers: list[Layer], curves: Curves, tables: Tables, round_to: int = 1) -> Curves:
+    """The candidates that layers with tables have without them: with others between the fits."""
+    found = dict(curves)
+    for layer in layers:
+        if layer.name in tables.tables:
+            table = tables.tables[layer.name]
+            found[layer.name] = _with_losses(
+                _curve(layer, _points(layer, round_to), table.errors, round_to), table.losses
+            )
+    return found
 
 
 def _size(layer: Layer, budget: float, coefficient: float, round_to: int, form: str = "channel") -> Point | None:

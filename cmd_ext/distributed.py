@@ -59,6 +59,15 @@ def first_rank_does(call: Callable[[], _T]) -> _T:
     return outcome[0]
 
 
+def all_ranks_say(value: _T) -> list[_T]:
+    """The values of all ranks."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
 def copy_from_first_rank(model: nn.Module) -> None:
     """Batch-norm statistics differ between ranks after an epoch."""
     for value in model.state_dict().values():

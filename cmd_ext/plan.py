@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from . import forms, report
+from . import fingerprints, forms, report
 from .calibrate import batches_of
 from .candidates import LAYER_OF
 from .modules import replace
@@ -30,6 +30,7 @@ class Plan:
         n_iter: passes of the fit.
         data_aware: whether the layers were fitted to calibration data.
         sequential: layers a pass of a sequential fit; 0 if it was none.
+        fingerprints: hashes of the "weights" and of the calibration "data" that it was made with.
     """
 
     layers: dict[str, dict]
@@ -37,11 +38,14 @@ class Plan:
     n_iter: int = 20
     data_aware: bool = False
     sequential: int = 0
+    fingerprints: dict[str, str] = field(default_factory=dict)
 
     def to_json(self) -> str:
         version = 2 if any("form" in entry for entry in self.layers.values()) else 1
         fit = {"n_iter": self.n_iter, "data_aware": self.data_aware, "sequential": self.sequential}
         content = {"cmd_ext_plan": version, **fit, "layers": self.layers, "skipped": self.skipped}
+        if self.fingerprints:
+            content["fingerprints"] = self.fingerprints
         return json.dumps(content, indent=2)
 
     @classmethod
@@ -69,8 +73,9 @@ class Plan:
                     layers[name]["form"] = entry["form"]
                     if entry["form"] not in forms.FORMS:
                         raise ValueError(f"Plan: want a form {' or '.join(forms.FORMS)}, got {entry['form']!r}")
-            how = bool(content.get("data_aware", False)), int(content.get("sequential", 0))  # older plans lack them
-            return cls(layers, dict(content["skipped"]), int(content["n_iter"]), *how)
+            how = bool(content.get("data_aware", False)), int(content.get("sequential", 0))  # older plans lack these
+            prints = {str(name): str(value) for name, value in content.get("fingerprints", {}).items()}
+            return cls(layers, dict(content["skipped"]), int(content["n_iter"]), *how, prints)
         except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"Plan: want the JSON of Plan.to_json, got {text[:40]!r}... ({error!r})") from None
 
@@ -121,6 +126,9 @@ def apply_plan(
             model is then unchanged.
     """
     batches = batches_of(calibration) if calibration is not None else []
+    weights = plan.fingerprints.get("weights")
+    if weights is not None and weights != fingerprints.of_model(fresh_model):
+        _log.warning("apply_plan: the plan was made for other weights; its sizes may suit these less")
     if plan.data_aware and not batches:
         _log.warning("apply_plan: the plan was fitted to calibration data; without it, layers are fitted to weights")
     return fit_plan(fresh_model, plan, batches, memory, seed, progress)[0]

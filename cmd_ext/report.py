@@ -50,8 +50,11 @@ class Bar:
                 return
             self._bar = tqdm(total=total, desc=label, leave=False, disable=None)  # None: only on a terminal
 
-    def step(self) -> None:
+    def step(self, text: str = "") -> None:
+        """One more is done; `text` stands behind the time left."""
         if self._bar is not None:
+            if text:
+                self._bar.set_postfix_str(text, refresh=False)
             self._bar.update()
 
     def __enter__(self) -> Bar:

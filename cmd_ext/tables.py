@@ -88,6 +88,16 @@ class Tables:
         self.tables[layer.name] = table
         return table
 
+    def files(self) -> dict[str, tuple[Path, int]]:
+        """name -> file and groups, of the tables that are in files."""
+        return {name: (table.path, table.groups) for name, table in self.tables.items() if table.path is not None}
+
+    def open(self, files: dict[str, tuple[Path, int]]) -> bool:
+        """Takes the tables that another process has kept; whether all of them are there."""
+        found = {name: _read(path, groups) for name, (path, groups) in files.items()}
+        self.tables |= {name: table for name, table in found.items() if table is not None}
+        return None not in found.values()
+
     def _path(self, layer: Layer, points: Sequence[Point]) -> Path:
         about = layer.name, [*layer.weight.shape], layer.groups, str(layer.weight.dtype), layer.weight.device.type
         return self.folder / f"{fingerprints.of_facts(VERSION, *self.facts, about, list(points))}.safetensors"

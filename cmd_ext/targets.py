@@ -204,12 +204,13 @@ class Problem:
         Raises:
             UnsatisfiableError: there is none.
         """
-        choice, failure = distributed.first_rank_does(lambda: self._attempt(limits))
+        choice, failure = distributed.first_rank_does(lambda: self.attempt(limits))
         if failure is not None:
             raise failure
         return choice
 
-    def _attempt(self, limits: dict[str, float]) -> tuple[Choice | None, UnsatisfiableError | None]:
+    def attempt(self, limits: dict[str, float]) -> tuple[Choice | None, UnsatisfiableError | None]:
+        """The best choice within the limits, or why there is none; on this rank alone."""
         try:
             if self.curves is None:
                 choice = self._uniform(limits)

@@ -13,9 +13,10 @@ import logging
 import os
 import socket
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -28,19 +29,23 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Trial:
-    """A finished trial.
+    """A trial.
 
     Attributes:
         index: its number, from 0.
         params: the values of the space.
-        loss: what is minimised; None if it was pruned.
+        proposal: what was evaluated.
+        loss: what is minimised; None if it was pruned or is under way.
         result: what the evaluation told besides.
+        finished: False while it is under way.
     """
 
     index: int
     params: dict[str, float]
-    loss: float | None
-    result: dict[str, Any]
+    proposal: dict[str, Any]
+    loss: float | None = None
+    result: dict[str, Any] = field(default_factory=dict)
+    finished: bool = True
 
 
 class Pruned(Exception):
@@ -102,21 +107,28 @@ class Study:
         """Whether other processes can see it."""
         return not isinstance(self._study._storage, self._optuna.storages.InMemoryStorage)
 
-    def finished(self) -> list[Trial]:
-        """The trials that are done, by number."""
+    def trials(self) -> list[Trial]:
+        """Those that are finished or under way, by number; what nobody works on any more is marked as failed."""
         states = self._optuna.trial.TrialState
-        found = {}
-        for trial in self._study.get_trials(deepcopy=False, states=(states.COMPLETE, states.PRUNED)):
+        found: dict[int, Trial] = {}
+        for trial in self._study.get_trials(deepcopy=False, states=(states.COMPLETE, states.PRUNED, states.RUNNING)):
+            attrs, running = trial.user_attrs, trial.state == states.RUNNING
+            if running and self._dead(trial):
+                self._tell(trial.number, state=states.FAIL)
+                _log.info("compress: trial %d was left by a process that ended", attrs["index"])
+                continue
             loss = trial.value if trial.state == states.COMPLETE else None
-            index = trial.user_attrs["index"]
-            found.setdefault(index, Trial(index, dict(trial.params), loss, trial.user_attrs.get("result", {})))
+            what = Trial(
+                attrs["index"], dict(trial.params), attrs["proposal"], loss, attrs.get("result", {}), not running
+            )
+            found.setdefault(what.index, what)
         return [found[index] for index in sorted(found)]
 
     def suggest(self, index: int) -> dict[str, float]:
         """Values of the space for a trial, by the tree-structured Parzen estimator on the finished ones."""
         optuna, names = self._optuna, sorted(self.space)
         sampler = optuna.samplers.TPESampler(
-            seed=_mixed(self.seed, index), multivariate=True, n_startup_trials=STARTUP, warn_independent_sampling=False
+            seed=_mixed(self.seed, index), multivariate=True, n_startup_trials=STARTUP, constant_liar=False
         )
         space = {name: self._distributions[name] for name in names}
         blank = optuna.trial.create_trial(state=optuna.trial.TrialState.RUNNING)
@@ -131,7 +143,7 @@ class Study:
         """Makes the trials 0 ... count - 1 that are missing; returns when all are finished, here or elsewhere.
 
         Args:
-            propose: (index, finished trials) -> values of the space ({}: none) and what `evaluate` gets.
+            propose: (index, trials so far) -> values of the space ({}: none) and what `evaluate` gets.
             evaluate: (proposal, report) -> loss and what to keep with it. report(step, loss so far) raises Pruned
                 where it is not worth going on.
             done: called after each trial that was made here.
@@ -139,31 +151,19 @@ class Study:
         wait = 0.05
         with self._quiet():
             while True:
-                taken, finished = self._taken(), self.finished()
-                index = next((i for i in range(count) if i not in taken), None)
+                trials = [trial for trial in self.trials() if trial.index < count]
+                index = next((i for i in range(count) if i not in {trial.index for trial in trials}), None)
                 if index is None:
-                    if len([t for t in finished if t.index < count]) == count:
-                        return finished
-                    time.sleep(wait)
+                    if all(trial.finished for trial in trials):
+                        return trials
+                    time.sleep(wait)  # others are at work
                     wait = min(2.0, 1.5 * wait)
                     continue
                 wait = 0.05
-                params, proposal = propose(index, finished)
+                params, proposal = propose(index, trials)
                 number = self._take(index, params, proposal)
                 if number is not None:
                     done(self._make(number, index, params, proposal, evaluate))
-
-    def _taken(self) -> set[int]:
-        """The numbers that are finished or under way; what nobody works on any more is marked as failed."""
-        states = self._optuna.trial.TrialState
-        taken = set()
-        for trial in self._study.get_trials(deepcopy=False, states=(states.COMPLETE, states.PRUNED, states.RUNNING)):
-            if trial.state == states.RUNNING and self._dead(trial):
-                self._tell(trial.number, state=states.FAIL)
-                _log.info("compress: trial %s was left by a process that ended", trial.user_attrs.get("index"))
-            else:
-                taken.add(trial.user_attrs["index"])
-        return taken
 
     def _dead(self, trial: Any) -> bool:
         owner = trial.user_attrs.get("owner", "")
@@ -206,13 +206,13 @@ class Study:
             loss, result = evaluate(proposal, report)
         except Pruned:
             self._tell(number, state=states.PRUNED)
-            return Trial(index, params, None, {})
+            return Trial(index, params, proposal)
         except BaseException:
             self._tell(number, state=states.FAIL)
             raise
         trial.set_user_attr("result", result)
         self._tell(number, values=loss)
-        return Trial(index, params, loss, result)
+        return Trial(index, params, proposal, loss, result)
 
     def _handle(self, number: int) -> Any:
         frozen = next(trial for trial in self._study.get_trials(deepcopy=False) if trial.number == number)
@@ -223,12 +223,14 @@ class Study:
 
     @contextmanager
     def _quiet(self) -> Iterator[None]:
-        """Without Optuna's lines about every trial."""
+        """Without Optuna's lines about every trial, and its word that options may change."""
         optuna = self._optuna
         before = optuna.logging.get_verbosity()
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         try:
-            yield
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+                yield
         finally:
             optuna.logging.set_verbosity(before)
 

@@ -5,19 +5,18 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from . import curves
-from .allocation import Layer, allocate, check_reachable
 from .calibrate import Batch, batches_of, loss, outputs, recalibrate_batchnorm, recalibrate_if_better
 from .candidates import candidates
-from .compress import SEARCHES
+from .compress import SEARCHES, compress
 from .cost import kept_parameters
 from .decompose import split_budget
 from .moments import call_order
-from .plan import Plan, apply_fits, plan_of
+from .plan import Plan, apply_fits
 from .refit import MEMORY, fit_layers
 
 RECALIBRATE = ("auto", "never", "always")
@@ -93,39 +92,28 @@ def _larger_convolutions(model: nn.Module, inputs: object, budget: float) -> tup
     return chosen, skipped
 
 
-def allocated_plan(
-    model: nn.Module,
-    batches: list[Batch],
-    reference: list[Tensor],
-    budget: float,
-    *,
-    data_aware: bool = True,
-    memory: int = MEMORY,
-    seed: int = 0,
+def searched_plan(
+    model: nn.Module, calibration: list[Batch], budget: float, search: str = "allocate", **options: Any
 ) -> Plan:
-    """As many values of the same convolutions as uniform_plan keeps, divided among them by search="allocate".
+    """As many values of the same convolutions as uniform_plan keeps, divided among them by a search.
 
     Args:
         model: the network; unchanged.
-        batches: calibration data, with inputs on which the first convolution is found.
-        reference: outputs of the network on them.
+        calibration: with inputs on which the first convolution is found.
         budget: kept values / values of all these convolutions, above 0, to 1.
-        data_aware, memory, seed: as in compress.
+        search, options: as in compress.
 
     Raises:
         ValueError: a value out of range, or no convolution to compress.
         UnsatisfiableError: a budget below the smallest candidates.
     """
-    chosen, skipped = _larger_convolutions(model, batches[0][0], budget)
-    layers = []
-    for name in chosen:
-        conv = model.get_submodule(name)
-        layers.append(Layer(name, conv.weight, len(conv.weight), conv.weight[0].numel(), conv.groups, 0))
-    fixed, limits = {"params": 0.0}, {"params": budget * sum(layer.size for layer in layers)}
-    options = {"data_aware": data_aware, "memory": memory, "seed": seed}
-    check_reachable(curves.sizes(layers), fixed, limits)
-    found = curves.network_curves(model, layers, batches, reference, **options)
-    return plan_of(layers, {}, allocate(found, fixed, limits), skipped)
+    chosen, skipped = _larger_convolutions(model, calibration[0][0], budget)
+    whole = sum(model.get_submodule(name).weight.numel() for name in chosen)
+    rest = sum(parameter.numel() for parameter in model.parameters()) - whole
+    how = {"calibration": calibration, "filter_fn": lambda name, module: name in chosen, "min_size": 0, **options}
+    limit = {"params": rest + budget * whole}
+    plan = compress(model, calibration[0][0], constraints=limit, search=search, **how).plan
+    return replace(plan, skipped={**plan.skipped, **skipped})
 
 
 def budget_trial(
@@ -137,21 +125,23 @@ def budget_trial(
     search: str = "uniform",
     sparse_coefficient: float | None = None,
     data_aware: bool = True,
-    sequential: int = False,
+    sequential: int | None = None,
     recalibrate: str = "auto",
     memory: int = MEMORY,
     seed: int = 0,
+    **trials: Any,
 ) -> Trial:
-    """Compresses a copy of a network by uniform_plan or allocated_plan, without fine-tuning, and scores it.
+    """Compresses a copy of a network by uniform_plan or searched_plan, without fine-tuning, and scores it.
 
     Args:
         model: the dense network; unchanged.
         calibration: batches of (inputs, targets).
         evaluate: score of a model.
         budget: as in uniform_plan.
-        search: "uniform" or "allocate".
-        sparse_coefficient: as in uniform_plan; None for "allocate", which chooses it per layer.
+        search: "uniform", or "allocate" or "cmd" of compress.
+        sparse_coefficient: as in uniform_plan; None for the others, which choose it per layer.
         data_aware, sequential, memory, seed: as in compress.
+        trials: n_trials, checkpoint and progress, as in compress.
         recalibrate: batch-norm recalibration: "auto" keeps it where the calibration loss falls, "never", "always".
 
     Raises:
@@ -161,19 +151,20 @@ def budget_trial(
         raise ValueError(f"uniform: recalibrate must be one of {', '.join(RECALIBRATE)}, got {recalibrate!r}")
     if search not in SEARCHES:
         raise ValueError(f"uniform: search must be one of {', '.join(SEARCHES)}, got {search!r}")
-    if search == "allocate" and sparse_coefficient is not None:
+    if search != "uniform" and sparse_coefficient is not None:
         raise ValueError(
-            f"uniform: sparse_coefficient is for search='uniform', got {sparse_coefficient} for 'allocate'"
+            f"uniform: sparse_coefficient is for search='uniform', got {sparse_coefficient} for {search!r}"
         )
     batches, compressed = batches_of(calibration), copy.deepcopy(model)
     reference, start = outputs(compressed, batches), time.process_time()
     options = {"data_aware": data_aware, "memory": memory, "seed": seed}
     if search == "uniform":
         plan = uniform_plan(compressed, batches[0][0], budget, sparse_coefficient)
+        plan.sequential = sequential or 0
     else:
-        plan = allocated_plan(compressed, batches, reference, budget, **options)
+        plan = searched_plan(compressed, batches, budget, search, sequential=sequential, **options, **trials)
     search_seconds, start = time.process_time() - start, time.process_time()
-    fits = fit_layers(compressed, plan.layers, batches, n_iter=plan.n_iter, sequential=sequential, **options)
+    fits = fit_layers(compressed, plan.layers, batches, n_iter=plan.n_iter, sequential=plan.sequential, **options)
     total_seconds = time.process_time() - start
     compressed = apply_fits(compressed, fits)
     score = final = evaluate(compressed)

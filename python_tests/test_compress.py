@@ -261,7 +261,7 @@ def test_a_foreign_plan_is_refused_and_changes_nothing(net):
         ({"constraints": {"params": "0%"}}, "params must be '1%' to '100%' or a number, got '0%'"),
         ({"constraints": {"params": "half"}}, "got 'half'"),
         ({"constraints": {"params": 0.25}}, "a number >= 1 or a share like '25%', got 0.25"),
-        ({"search": "magic"}, "search must be one of allocate, uniform, got 'magic'"),
+        ({"search": "magic"}, "search must be one of cmd, allocate, uniform, got 'magic'"),
         ({"overrides": {"boddy": "dense"}}, "overrides names no layer 'boddy'; did you mean 'body'"),
         ({"overrides": {"body": {"ranks": 3}}}, "must be 'dense' or a dict of .*got {'ranks': 3}"),
         ({"overrides": {"body": {"rank": 33}}}, r"wants rank in \[0, 32\]"),

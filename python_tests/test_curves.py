@@ -192,7 +192,8 @@ def test_the_smallest_sizes_are_those_of_the_curves(net, found):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_compress_meets_its_limit_and_spends_it(net, kind):
-    result = cmd_ext.compress(net, images()[0], constraints={kind: "50%"}, calibration=images(), progress=False)
+    how = {"constraints": {kind: "50%"}, "calibration": images(), "search": "allocate", "progress": False}
+    result = cmd_ext.compress(net, images()[0], **how)
     dense, kept = getattr(result.stats, kind)
     assert 0.45 * dense < kept <= 0.5 * dense
     shares = [row["share"] for row in result.front]
@@ -244,7 +245,7 @@ def test_budget_trial_allocates_the_values_that_uniform_keeps(net):
     assert whole_again.values == (whole, whole)
     assert not whole_again.output_errors
     for options, message in (
-        ({"search": "some"}, "search must be one of allocate, uniform, got 'some'"),
+        ({"search": "some"}, "search must be one of cmd, allocate, uniform, got 'some'"),
         ({"search": "allocate", "sparse_coefficient": 0.5}, "sparse_coefficient is for search='uniform', got 0.5"),
     ):
         with pytest.raises(ValueError, match=message):
