@@ -80,7 +80,7 @@ class Correction:
             return candidate
         share = candidate.nnz / max(1.0, candidate.costs["params"])
         shift = self.shifts.get(name, 0.0) + self.coefficient * (share - 1)
-        return replace(candidate, loss=math.exp(self.power * math.log(candidate.loss) + shift))
+        return replace(candidate, loss=candidate.loss**self.power * math.exp(shift))
 
     def moved(self, name: str, step: float) -> Correction:
         return replace(self, shifts={**self.shifts, name: round(self.shifts.get(name, 0.0) + step, 6)})

@@ -67,7 +67,7 @@ class Tables:
         self.folder, self.facts = folder, facts
         self.tables: dict[str, Table] = {}
         if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(parents=folder.parent.name == "cmd_ext", exist_ok=True)  # a cache may be the first
 
     def find(self, layer: Layer, points: Sequence[Point]) -> Table | None:
         """The table of a layer at these points, if there is one."""

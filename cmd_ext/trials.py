@@ -21,6 +21,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+STARTUP = 8  # random trials before the estimator takes over, and before any is stopped early
 PATIENCE = timedelta(hours=1)  # how long a trial of another host may run
 JOURNALS = (".log", ".journal", ".jsonl")
 
@@ -90,22 +91,13 @@ class Study:
         self._distributions = {key: optuna.distributions.FloatDistribution(*ends) for key, ends in space.items()}
         self._name, self._owner = name, _owner(os.getpid())
         with self._quiet():
-            try:
-                self._study = optuna.create_study(
-                    storage=storage_of(checkpoint),
-                    sampler=optuna.samplers.RandomSampler(seed=0),
-                    pruner=optuna.pruners.PercentilePruner(50, n_startup_trials=8),
-                    study_name=name,
-                    load_if_exists=True,
-                )
-            except Exception as error:  # whatever the database's driver raises
-                reason = str(error).strip().partition("\n")[0]
-                raise OSError(f"compress: checkpoint {checkpoint} cannot be opened: {reason}") from error
-
-    @property
-    def lasting(self) -> bool:
-        """Whether other processes can see it."""
-        return not isinstance(self._study._storage, self._optuna.storages.InMemoryStorage)
+            self._study = optuna.create_study(
+                storage=open_storage(checkpoint),
+                sampler=optuna.samplers.RandomSampler(seed=0),
+                pruner=optuna.pruners.PercentilePruner(50, n_startup_trials=STARTUP),
+                study_name=name,
+                load_if_exists=True,
+            )
 
     def trials(self) -> list[Trial]:
         """Those that are finished or under way, by number; what nobody works on any more is marked as failed."""
@@ -235,23 +227,37 @@ class Study:
             optuna.logging.set_verbosity(before)
 
 
-STARTUP = 8  # random trials before the estimator takes over
+def open_storage(checkpoint: str | os.PathLike | None) -> Any:
+    """Optuna's storage: a SQLite file, a journal file by its ending, or the database of a URL; None for memory.
 
-
-def storage_of(checkpoint: str | os.PathLike | None) -> Any:
-    """Optuna's storage: a SQLite file, a journal file by its ending, or the database of a URL."""
+    Raises:
+        OSError: it cannot be opened.
+    """
     if checkpoint is None:
         return None
-    text = os.fspath(checkpoint)
+    for attempt in range(6):
+        try:
+            return _storage(os.fspath(checkpoint))
+        except OSError:
+            raise
+        except Exception as error:  # whatever the database's driver raises
+            # Two processes that make the same tables at once: the slower one finds them on another look.
+            if "already exists" not in str(error) or attempt == 5:
+                reason = str(error).strip().partition("\n")[0]
+                raise OSError(f"compress: checkpoint {checkpoint} cannot be opened: {reason}") from error
+            time.sleep(0.2 * 2**attempt)
+
+
+def _storage(text: str) -> Any:
+    from optuna import storages
+
     if "://" in text and not text.startswith("sqlite:///"):
-        return text
+        return storages.RDBStorage(text)
     path = Path(text.removeprefix("sqlite:///"))
     if not path.parent.is_dir():
         raise FileNotFoundError(f"compress: checkpoint {path}: there is no folder {path.parent}")
     if path.is_dir():
         raise IsADirectoryError(f"compress: checkpoint {path} must be a file or a URL, got a folder")
-    from optuna import storages
-
     if path.suffix in JOURNALS:
         lock = storages.journal.JournalFileOpenLock(str(path), grace_period=10)
         _mend(path, lock)

@@ -223,12 +223,24 @@ def test_a_short_profile_comes_first(net, clock, caplog):
     with pytest.raises(UnsatisfiableError):
         run(net, constraints={"params": 400, "latency": "50%", "score_drop": 0.1}, evaluate=lambda model: 1.0)
     lines = [record.message for record in caplog.records]
+    assert lines.pop(1).startswith("compress: search='cmd' measures its trials on calibration data")
     assert lines[0] == (
         "compress: 4 of 4 layers may be compressed; 16.6 k parameters, 262 k MACs, 66.6 k bytes, 5.000 ms"
     )
     assert lines[1].startswith("compress: params <= 400 parameters cannot be met; the least is ")
     assert lines[2].startswith("compress: latency <= 2.5 ms can be met; the least is ")
     assert lines[3] == "compress: score_drop <= 0.1 is decided by at most 8 trials"
+
+
+def test_a_search_meets_a_latency(net, clock):
+    data = [(X, net(X).argmax(1).detach())] * 2
+    result = run(net, constraints={"latency": "60%"}, calibration=data, search="cmd", n_trials=4)
+    assert result.search == "cmd"
+    assert result.stats.latency["met"]
+    assert 2.5 < result.stats.latency["measured"] <= 3
+    assert all("latency" in row for row in result.front)
+    plan = result.at(latency="50%")
+    assert sum(share_of(*e["shape"], e["rank"], e["nnz"]) for e in plan.layers.values()) + REST <= 2.5
 
 
 @pytest.mark.parametrize(
