@@ -1,4 +1,4 @@
-"""The command line: python -m cmd_ext compress | eval | profile | doctor | gpu-check | demo."""
+"""The command line: python -m cmd_ext compress | search | eval | profile | doctor | gpu-check | demo."""
 
 from __future__ import annotations
 
@@ -57,16 +57,20 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--image-size", type=int, help="pixels, for images that are not all small (default 224)")
         sub.add_argument("--limit", type=int, help="use only this many test images")
 
+    def limits(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument(
+            "--constraint",
+            action="append",
+            required=True,
+            metavar="KIND=VALUE",
+            help="e.g. params=30%%, latency=40%% (or ms), score_drop=0.01; may be repeated",
+        )
+
     sub = command("compress", _compress, "compress, fine-tune, save and report")
     network(sub)
-    sub.add_argument(
-        "--constraint",
-        action="append",
-        required=True,
-        metavar="KIND=VALUE",
-        help="e.g. params=30%%, latency=40%% (or ms), score_drop=0.01 (top-1 on the test images); may be repeated",
-    )
-    sub.add_argument("--search", default="allocate", help="allocate or uniform")
+    limits(sub)
+    sub.add_argument("--search", choices=SEARCHES, default="cmd")
+    trials(sub)
     sub.add_argument("--form", default="auto", help="of k x k convolutions: auto, channel or spatial")
     sub.add_argument("--sparse-coefficient", type=float, help="share of S in the budget, for uniform")
     sub.add_argument("--calibration", type=int, default=512, help="training images that steer the allocation")
@@ -79,6 +83,15 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--out", type=Path, required=True, help="folder for model.safetensors, plan.json, report.txt, stats.json"
     )
+
+    sub = command("search", _search, "rank and sparse coefficient of every layer: a plan, and the front around it")
+    network(sub)
+    limits(sub)
+    trials(sub)
+    sub.add_argument("--calibration", type=int, default=1024, help="training images that the trials are measured on")
+    sub.add_argument("--at", action="append", default=[], metavar="KIND=VALUE", help="a plan for this limit too")
+    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--out", type=Path, required=True, help="folder for plan.json, plan-at-*.json and search.json")
 
     sub = command(
         "eval", _eval, "top-1 accuracy of a network: dense, saved by compress, or at one budget right after the fit"
@@ -174,6 +187,8 @@ def _compress(args: argparse.Namespace) -> None:
         calibration=calibration,
         evaluate=evaluate,
         search=args.search,
+        n_trials=args.trials,
+        checkpoint=args.checkpoint,
         sparse_coefficient=args.sparse_coefficient,
         form=args.form,
         seed=args.seed,
@@ -195,12 +210,38 @@ def _compress(args: argparse.Namespace) -> None:
         )
         lines += [f"epoch {row['epoch']}: loss {row['train_loss']:.4f}, score {row['score']:.4f}" for row in history]
     cmd_ext.save(result.model, args.out / "model.safetensors")
-    (args.out / "plan.json").write_text(result.plan.to_json())
-    stats = {"stats": result.stats.to_dict(), "front": result.front, "history": list(history)}
-    (args.out / "stats.json").write_text(json.dumps(stats, indent=2))
-    (args.out / "report.txt").write_text("\n".join(lines) + "\n")
+    report.write(args.out / "plan.json", result.plan.to_json())
+    stats = {"stats": result.stats.to_dict(), "front": result.front, "trials": result.trials, "history": list(history)}
+    report.write(args.out / "stats.json", json.dumps(stats, indent=2))
+    report.write(args.out / "report.txt", "\n".join(lines) + "\n")
     print("\n".join(lines))
     print(f"written to {args.out}")
+
+
+def _search(args: argparse.Namespace) -> None:
+    constraints, others = _constraints(args.constraint), [_constraints([entry]) for entry in args.at]
+    args.out.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(args.seed)
+    model, train = _network(args), _dataset(args, "train")
+    calibration = list(data.loader(train, args.batch_size, shuffle=True, seed=args.seed, limit=args.calibration))
+    result = cmd_ext.compress(
+        model,
+        calibration[0][0],
+        constraints=constraints,
+        calibration=calibration,
+        n_trials=args.trials,
+        checkpoint=args.checkpoint,
+        seed=args.seed,
+    )
+    plans = {"plan.json": result.plan}
+    for entry, constraint in zip(args.at, others, strict=True):
+        plans[f"plan-at-{entry.replace('%', '')}.json"] = result.at(**constraint)
+    for name, plan in plans.items():
+        report.write(args.out / name, plan.to_json())
+    found = {"search": result.search, "front": result.front, "trials": result.trials}
+    report.write(args.out / "search.json", json.dumps(found, indent=2))
+    print(result.stats)
+    print(f"\n{report.front(result.front)}\nwritten to {args.out}: {', '.join([*plans, 'search.json'])}")
 
 
 def _share(text: str) -> float:
@@ -349,7 +390,7 @@ def _demo(args: argparse.Namespace) -> None:
     cmd_ext.finetune(model, train, epochs=6, lr=0.05, evaluate=evaluate, clip_norm=5.0, seed=0)
     print("compressing to 25 % of the parameters ...")
     result = cmd_ext.compress(
-        model, test[0][0], constraints={"params": "25%"}, calibration=train[:4], evaluate=evaluate
+        model, test[0][0], constraints={"params": "25%"}, calibration=train[:4], evaluate=evaluate, n_trials=20
     )
     print("fine-tuning ...")
     history = cmd_ext.finetune(

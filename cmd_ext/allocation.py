@@ -258,7 +258,7 @@ def front(curves: dict[str, list[Candidate]], fixed: dict[str, float], kind: str
     """The predicted trade-off: for shares of the dense cost, the least summed loss of an allocation.
 
     Returns:
-        Rows {kind: cost, "share": of dense, "loss": predicted}, ascending in cost, without dominated points.
+        Rows {every cost, "share": of dense in `kind`, "loss": predicted}, ascending in cost, without dominated points.
     """
     dense = fixed[kind] + sum(curve[0].costs[kind] for curve in curves.values())
     rows: list[dict] = []
@@ -268,7 +268,7 @@ def front(curves: dict[str, list[Candidate]], fixed: dict[str, float], kind: str
             choice = allocate(curves, fixed, limits)
         except UnsatisfiableError:
             break
-        cost = total_costs(choice, fixed)[kind]
-        if not rows or cost < rows[-1][kind]:
-            rows.append({kind: cost, "share": cost / dense, "loss": _summed(choice)})
+        costs = total_costs(choice, fixed)
+        if not rows or costs[kind] < rows[-1][kind]:
+            rows.append({**costs, "share": costs[kind] / dense, "loss": _summed(choice)})
     return rows[::-1]

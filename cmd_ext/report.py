@@ -1,8 +1,10 @@
-"""Plain-text tables."""
+"""What is shown and written: tables, files, progress bars."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from pathlib import Path
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], footer: Sequence[Sequence[str]] = ()) -> str:
@@ -36,6 +38,35 @@ def share(part: float, whole: float) -> str:
 
 def ratio(before: float, after: float) -> str:
     return f"{before / after:.2f}x" if after else "-"
+
+
+def front(rows: Sequence[dict]) -> str:
+    """The trade-off of a search as a table."""
+    header = ("share", "params", "bytes", "MACs", "loss", "accuracy")
+    lines = [
+        [
+            f"{100 * row['share']:.1f} %",
+            *(count(row[kind]) for kind in ("params", "bytes", "macs")),
+            f"{row['loss']:.4g}",
+            f"{100 * row['accuracy']:.2f} %" if "accuracy" in row else "-",
+        ]
+        for row in rows
+    ]
+    return table(header, lines)
+
+
+def write(path: Path, text: str) -> None:
+    """Replaces a file at once.
+
+    Raises:
+        OSError: the folder does not exist or cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 class Bar:

@@ -63,6 +63,29 @@ def test_constraints_reach_compress(images, tmp_path, monkeypatch):
     assert seen["evaluate"](models.create("resnet20").eval()) <= 1
 
 
+def test_search_writes_plans_and_the_front(images, tmp_path, capsys):
+    pytest.importorskip("optuna")
+    network = ["--model", "resnet20", "--data", str(images), "--batch-size", "20", "--calibration", "20"]
+    more = ["--trials", "2", "--checkpoint", str(tmp_path / "trials.db"), "--out", str(tmp_path / "out")]
+    assert main(["search", *network, "--constraint", "params=30%", "--at", "params=15%", *more]) == 0
+    printed = capsys.readouterr().out
+    assert "share" in printed
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        "plan-at-params=15.json",
+        "plan.json",
+        "search.json",
+    ]
+    found = json.loads((tmp_path / "out" / "search.json").read_text())
+    assert [row["trial"] for row in found["trials"]] == [0, 1]
+    for name, share in (("plan.json", 0.3), ("plan-at-params=15.json", 0.15)):
+        plan = cmd_ext.Plan.from_json((tmp_path / "out" / name).read_text())
+        model = cmd_ext.apply_plan(models.create("resnet20"), plan)
+        assert cmd_ext.profile(model, torch.randn(1, 3, 32, 32)).total.params <= share * 272474
+    assert main(["search", *network, "--constraint", "params=30%", *more[:-4], "--checkpoint", "/no/t.db",
+                 "--out", str(tmp_path / "other")]) == 1  # fmt: skip
+    assert "there is no folder /no" in capsys.readouterr().err
+
+
 def test_eval_at_one_budget(images, capsys):
     network = ["--model", "resnet20", "--data", str(images), "--batch-size", "20", "--calibration", "40"]
     printed = {}
