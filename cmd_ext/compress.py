@@ -195,7 +195,7 @@ def compress(
         facts |= {"n_iter": n_iter, "data_aware": data_aware, "sequential": sequential, "memory": memory}
         job = _Job(model, dense, **facts, seed=seed, progress=progress)
         if search == "cmd":
-            trials.open_storage(checkpoint)  # before fits that take their time
+            distributed.first_rank_does(lambda: trials.check_storage(checkpoint))  # before fits that take their time
             job.tables = Tables(checkpoint and folder_of(checkpoint), *job.facts(round_to))
         problem, front = job.problem(search, sparse_coefficient, round_to)
         if search == "cmd" and problem.layers:

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 STARTUP = 8  # random trials before the estimator takes over, and before any is stopped early
+RACES = "already exists", "no such table", "UNIQUE constraint", "database is locked"
 PATIENCE = timedelta(hours=1)  # how long a trial of another host may run
 JOURNALS = (".log", ".journal", ".jsonl")
 
@@ -241,11 +242,16 @@ def open_storage(checkpoint: str | os.PathLike | None) -> Any:
         except OSError:
             raise
         except Exception as error:  # whatever the database's driver raises
-            # Two processes that make the same tables at once: the slower one finds them on another look.
-            if "already exists" not in str(error) or attempt == 5:
+            # Two processes that make one database at once: the slower one finds it on another look.
+            if attempt == 5 or not any(words in str(error) for words in RACES):
                 reason = str(error).strip().partition("\n")[0]
                 raise OSError(f"compress: checkpoint {checkpoint} cannot be opened: {reason}") from error
             time.sleep(0.2 * 2**attempt)
+
+
+def check_storage(checkpoint: str | os.PathLike | None) -> None:
+    """Raises OSError where a storage cannot be opened."""
+    open_storage(checkpoint)
 
 
 def _storage(text: str) -> Any:

@@ -238,6 +238,27 @@ def test_plan_round_trip_gives_the_same_network(net):
     assert torch.equal(again(x), result.model(x))
 
 
+def test_a_plan_knows_the_weights_and_the_data_that_it_was_made_with(net, caplog):
+    data = list(batches(4))
+    x = data[0][0]
+    options = {"constraints": {"params": "50%"}, "search": "allocate", "n_iter": 2, "progress": False}
+    plan = cmd_ext.compress(net, x, calibration=data, **options).plan
+    assert Plan.from_json(plan.to_json()).fingerprints == plan.fingerprints
+    assert plan.fingerprints.keys() == {"weights", "data"}
+    same = cmd_ext.compress(copy.deepcopy(net), x, calibration=list(batches(4)), **options).plan
+    assert same == plan
+    weights, changed = plan.fingerprints["weights"], copy.deepcopy(net)
+    with torch.no_grad():
+        next(changed.parameters()).view(-1)[0] += 1e-4
+    assert cmd_ext.compress(changed, x, **options).plan.fingerprints["weights"] != weights
+    assert cmd_ext.compress(net, x, **options).plan.fingerprints == {"weights": weights}
+    with caplog.at_level("WARNING", "cmd_ext"):
+        cmd_ext.apply_plan(copy.deepcopy(net), plan, calibration=data)
+        assert not caplog.records
+        cmd_ext.apply_plan(changed, plan, calibration=data)
+    assert "made for other weights" in caplog.text
+
+
 def test_a_foreign_plan_is_refused_and_changes_nothing(net):
     plan = Plan({"body": {"rank": 1, "nnz": 5, "shape": [32, 72], "groups": 1},
                  "head": {"rank": 1, "nnz": 5, "shape": [64, 33], "groups": 1}})  # fmt: skip

@@ -363,9 +363,25 @@ print("agree")
 """
 
 ALLOCATED = RANKS.replace('"uniform"', '"allocate"').partition("alone = ")[0] + 'print("agree")'
+SEARCHED = ALLOCATED.replace('"allocate"', '"cmd", "n_trials": 6')
+SHARED = SEARCHED.replace('"n_trials"', '"checkpoint": sys.argv[2] + ".db", "n_trials"').replace(
+    'print("agree")',
+    """
+import optuna
+rows = [row["loss"] for row in result.trials]
+storage = "sqlite:///" + sys.argv[2] + ".db"
+names = [summary.study_name for summary in optuna.get_all_study_summaries(storage)]
+trials = [t for n in names for t in optuna.load_study(study_name=n, storage=storage).trials if t.state.is_finished()]
+assert len(rows) == 6
+assert len({t.user_attrs["owner"] for t in trials}) == 2, "one rank made all trials"
+print("agree")
+""",
+)
 
 
-@pytest.mark.parametrize("script", [RANKS, ALLOCATED], ids=["uniform", "allocate"])
+@pytest.mark.parametrize(
+    "script", [RANKS, ALLOCATED, SEARCHED, SHARED], ids=["uniform", "allocate", "cmd", "cmd with a checkpoint"]
+)
 def test_ranks_with_a_share_of_the_data_get_the_same_network(tmp_path, script):
     folder = os.path.dirname(__file__)
     processes = [
@@ -375,9 +391,11 @@ def test_ranks_with_a_share_of_the_data_get_the_same_network(tmp_path, script):
         )
         for rank in range(2)
     ]  # fmt: skip
+    outputs = []
     for process in processes:
         out, error = process.communicate(timeout=120)
-        assert out.strip() == "agree", error
+        outputs.append((out.strip(), error))
+    assert [out for out, _ in outputs] == ["agree", "agree"], outputs
 
 
 # Real data ------------------------------------------------------------------------------------------------------------
