@@ -191,6 +191,7 @@ def compress(
             form = "channel"
         layers, pinned = _layers(dense, chosen, overrides, profile, form, timed)
         facts = {"layers": layers, "pinned": pinned, "skipped": skipped, "goal": goal, "profile": profile}
+        facts |= {"constraints": constraints}
         facts |= {"batches": batches, "reference": reference, "evaluate": evaluate, "example_inputs": example_inputs}
         facts |= {"n_iter": n_iter, "data_aware": data_aware, "sequential": sequential, "memory": memory}
         job = _Job(model, dense, **facts, seed=seed, progress=progress)
@@ -233,6 +234,7 @@ class _Job:
     layers: list[Layer]
     pinned: dict[str, tuple[int, int, str]]
     skipped: dict[str, str]
+    constraints: dict[str, str | float]
     goal: Goal
     profile: Profile
     batches: list[Batch]
@@ -305,7 +307,8 @@ class _Job:
         limits = goal.limits or distributed.first_rank_does(
             lambda: start_limits(problem, assembly, self.score, self.dense_score - goal.score_drop)
         )
-        how = {"seed": self.seed, "progress": self.progress, "facts": self.facts(problem.round_to)}
+        facts = *self.facts(problem.round_to), self.constraints, [layer.name for layer in problem.layers], self.pinned
+        how = {"seed": self.seed, "progress": self.progress, "facts": facts}
         outcome = run_search(problem, limits, assembly, n_trials=n_trials, checkpoint=checkpoint, **how)
         plain = problem.copy()
         plain.curves = curves.finer(problem.layers, problem.curves, self.tables, problem.round_to)

@@ -32,7 +32,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from . import fingerprints, report
+from . import distributed, fingerprints, report
 from .allocation import Candidate, Choice, Layer, total_costs
 from .calibrate import Batch, batch_norms, divergence, outputs, recalibrate_batchnorm, recalibrate_if_better
 from .curves import Curves
@@ -232,7 +232,7 @@ class Search:
         self.problem, self.limits, self.assembly, self.study = problem, limits, assembly, study
         self.n_trials, self.guided, self.step = n_trials, max(1, math.ceil(GUIDED * n_trials)), step
         self.parts = stages(problem.layers)
-        self.known: dict[tuple, tuple[float, dict]] = {}
+        self.known: dict[str, tuple[float, dict]] = {}
         kind = next(iter(limits))
         self.order = sorted(  # of the moves: the largest layers first
             (layer.name for layer in problem.layers), key=lambda name: -problem.curves[name][0].costs[kind]
@@ -257,17 +257,23 @@ class Search:
     def _propose(self, index: int, trials: list[Trial]) -> tuple[dict[str, float], dict]:
         if index == 0:
             params = {name: 1.0 if name == "power" else 0.0 for name in self.study.space}
-            return params, {"correction": self._correction(params).to_dict()}
-        if index < self.guided:
+        else:
+            move = self._next_move(trials) if index >= self.guided else None
+            if move is not None:
+                return {}, move
             params = self.study.suggest(index)
-            return params, {"correction": self._correction(params).to_dict()}
-        move = self._next_move(trials)
-        if move is None:  # none pays any more
-            params = self.study.suggest(index)
-            return params, {"correction": self._correction(params).to_dict()}
-        base, (name, step) = best_of(trials), move
-        correction = Correction(**base.proposal["correction"]).moved(name, step)
-        return {}, {"correction": correction.to_dict(), "base": base.index, "move": [name, step]}
+        correction = self._correction(params)
+        return params, {"correction": correction.to_dict(), "sizes": self._key(correction)}
+
+    def _choice(self, correction: Correction) -> Choice:
+        choice, failure = replace(self.problem, curves=correction.apply(self.problem.curves)).attempt(self.limits)
+        if failure is not None:
+            raise failure
+        return choice
+
+    def _key(self, correction: Correction) -> str:
+        """What tells the networks of two corrections apart."""
+        return fingerprints.of_facts(sizes(self._choice(correction)))[:16]
 
     def _correction(self, params: dict[str, float]) -> Correction:
         shifts = {
@@ -278,10 +284,9 @@ class Search:
         }
         return Correction(shifts, round(params["coefficient"], 6), round(params["power"], 6))
 
-    def _next_move(self, trials: list[Trial]) -> tuple[str, float] | None:
-        """A layer and a shift that was not tried from the best trial so far, the one that led to it first."""
-        base = best_of(trials)
-        tried = {tuple(t.proposal["move"]) for t in trials if t.proposal.get("base") == base.index}
+    def _next_move(self, trials: list[Trial]) -> dict | None:
+        """A layer and a shift from the best trial so far that give a new network; the move that led there first."""
+        base, seen = best_of(trials), {trial.proposal["sizes"] for trial in trials}
         last = base.proposal.get("move")
         start = self.order.index(last[0]) if last else 0
         order = self.order[start:] + self.order[:start]
@@ -290,16 +295,17 @@ class Search:
         while size >= LEAST_STEP:
             moves += [(name, sign * size) for name in order for sign in (1, -1)]
             size /= 2
-        return next((m for m in moves if m not in tried and (not last or m != (last[0], -last[1]))), None)
+        for name, step in moves:
+            correction = Correction(**base.proposal["correction"]).moved(name, step)
+            key = self._key(correction)
+            if key not in seen:
+                return {"correction": correction.to_dict(), "sizes": key, "base": base.index, "move": [name, step]}
+        return None
 
     def _evaluate(self, proposal: dict, report: Report) -> tuple[float, dict]:
-        start = time.perf_counter()
-        curves = Correction(**proposal["correction"]).apply(self.problem.curves)
-        choice, failure = replace(self.problem, curves=curves).attempt(self.limits)
-        if failure is not None:
-            raise failure
-        key = sizes(choice)
+        start, key = time.perf_counter(), proposal["sizes"]
         if key not in self.known:
+            choice = self._choice(Correction(**proposal["correction"]))
             result = self.assembly.measure(choice, report)
             self.known[key] = result.pop("loss"), {**result, "costs": total_costs(choice, self.problem.fixed)}
         loss, result = self.known[key]
@@ -360,17 +366,30 @@ def search(
         problem: its candidates are those of the tables.
         limits: what every trial must meet.
         checkpoint: Optuna's storage, as in compress.
-        facts: what the study follows from besides, for its name.
+        facts: what the study follows from besides the seed, for its name: weights, data, layers, constraints.
         n_trials: trials in all, with those of an earlier run on the same checkpoint.
         seed: of the proposals.
         progress: show a bar.
     """
-    name = fingerprints.of_facts(
-        VERSION, facts, limits, problem.fixed, problem.round_to, seed, space_of(problem.layers)
-    )
+    how = {"checkpoint": checkpoint, "facts": facts, "n_trials": n_trials, "seed": seed, "progress": progress}
+    if distributed.world_size() == 1:
+        return _search(problem, limits, assembly, **how)
+    joins = distributed.rank() == 0
+    if checkpoint is not None:
+        files = distributed.first_rank_does(assembly.tables.files)
+        joins |= assembly.tables.open(files)
+        data = distributed.first_rank_does(lambda: (assembly.batches, assembly.reference))
+        assembly.batches, assembly.reference = data
+    outcome = _search(problem, limits, assembly, **how) if joins else None
+    return distributed.first_rank_does(lambda: outcome)
+
+
+def _search(problem, limits, assembly, *, checkpoint, facts, n_trials, seed, progress) -> Outcome:
+    """search, of this process."""
+    name = fingerprints.of_facts(VERSION, facts, seed, space_of(problem.layers))[:16]
     start = time.perf_counter()
     with report.Bar(n_trials, "trials", progress) as bar:
-        study = Study(checkpoint, f"cmd_ext {name[:16]}", space_of(problem.layers), seed)
+        study = Study(checkpoint, f"cmd_ext {name}", space_of(problem.layers), seed)
         found = Search(problem, limits, assembly, study, n_trials, bar.step)
         correction = found.run()
     middle = time.perf_counter()
@@ -379,7 +398,7 @@ def search(
         "compress: %d trials in %.1f s, %d of them stopped early: loss %.4f > %.4f by %s",
         n_trials, middle - start, sum(t.loss is None for t in found.trials), first, found.best.loss, correction,
     )  # fmt: skip
-    study = Study(checkpoint, f"cmd_ext {name[:16]} front {fingerprints.of_facts(correction.to_dict())[:16]}", {}, seed)
+    study = Study(checkpoint, f"cmd_ext {name} front {fingerprints.of_facts(correction.to_dict())[:16]}", {}, seed)
     sweep = Sweep(problem, limits, assembly, study, correction)
     with report.Bar(len(sweep.limits), "front", progress) as bar:
         others = sweep.run(bar.step)
