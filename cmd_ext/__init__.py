@@ -32,11 +32,13 @@ from .compress import Plan, apply_plan, compress, to_dense  # noqa: E402
 from .cost import profile  # noqa: E402
 from .decompose import Decomposition, decompose, decompose_batch  # noqa: E402
 from .finetune import finetune  # noqa: E402
+from .html_report import save_report  # noqa: E402
 from .inference import fuse  # noqa: E402
 from .io import load, save  # noqa: E402
 from .modules import CMDConv2d, CMDLinear  # noqa: E402
 from .moments import second_moments  # noqa: E402
 from .path import decompose_path, decompose_path_batch  # noqa: E402
+from .sensitivity import plot_sensitivity, sensitivity  # noqa: E402
 
 __all__ = [
     "CMDConv2d",
@@ -53,9 +55,12 @@ __all__ = [
     "finetune",
     "fuse",
     "load",
+    "plot_sensitivity",
     "profile",
     "recalibrate_batchnorm",
     "save",
+    "save_report",
     "second_moments",
+    "sensitivity",
     "to_dense",
 ]

@@ -1,4 +1,4 @@
-"""The command line: python -m cmd_ext compress | search | eval | profile | doctor | gpu-check | demo."""
+"""The command line: python -m cmd_ext compress, search, inspect, report, eval, profile, doctor, gpu-check, demo."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ import torch
 import torch.nn.functional as F
 
 import cmd_ext
-from cmd_ext import data, models, report, uniform
-from cmd_ext.calibrate import accuracy
+from cmd_ext import data, html_report, models, report, uniform
+from cmd_ext.calibrate import accuracy, outputs
 from cmd_ext.compress import SEARCHES
+from cmd_ext.sensitivity import BUDGETS, check_picture
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
@@ -81,7 +82,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--seed", type=int, default=0)
     sub.add_argument(
-        "--out", type=Path, required=True, help="folder for model.safetensors, plan.json, report.txt, stats.json"
+        "--out",
+        type=Path,
+        required=True,
+        help="folder for model.safetensors, plan.json, report.txt, stats.json, report.html",
     )
 
     sub = command("search", _search, "rank and sparse coefficient of every layer: a plan, and the front around it")
@@ -127,6 +131,25 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--model", required=True)
     sub.add_argument("--compressed", type=Path, help="file written by compress or cmd_ext.save")
     sub.add_argument("--input", default="1x3x32x32", help="input shape (default 1x3x32x32)")
+
+    sub = command("inspect", _inspect, "what each layer costs, and what it loses at several shares of its parameters")
+    sub.add_argument("--model", required=True, help="as for compress")
+    sub.add_argument("--weights", type=Path, help="safetensors file of trained weights")
+    sub.add_argument("--data", type=Path, help="as for compress; without it errors are those of the weights")
+    sub.add_argument("--calibration", type=int, default=256, help="training images that errors and losses are of")
+    sub.add_argument("--batch-size", type=int, default=128)
+    sub.add_argument("--image-size", type=int, help="pixels, for images that are not all small (default 224)")
+    sub.add_argument("--input", help="shape of the call that is timed (default a batch of the data, else 1x3x32x32)")
+    sub.add_argument("--budgets", nargs="+", type=_share, default=BUDGETS, help="shares like 30%% (default 5 to 50 %%)")
+    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--csv", type=Path, metavar="FILE", help="write a line for every layer and share")
+    sub.add_argument("--json", type=Path, metavar="FILE", help="write these, the costs of all layers and the reasons")
+    sub.add_argument("--plot", type=Path, metavar="FILE.svg", help="draw heat maps, .svg, .png or .pdf (matplotlib)")
+
+    sub = command("report", _report, "a page of what compress did, without anything to load")
+    sub.add_argument("--stats", type=Path, required=True, help="stats.json that compress wrote")
+    sub.add_argument("--out", type=Path, required=True, metavar="FILE.html", help="file to write")
+    sub.add_argument("--title", default="Compression report")
 
     command("doctor", _doctor, "what this installation has and lacks")
     sub = command("gpu-check", _gpu_check, "prove and time the CUDA kernels on this machine's GPU, in under 8 minutes")
@@ -214,6 +237,7 @@ def _compress(args: argparse.Namespace) -> None:
     stats = {"stats": result.stats.to_dict(), "front": result.front, "trials": result.trials, "history": list(history)}
     report.write(args.out / "stats.json", json.dumps(stats, indent=2))
     report.write(args.out / "report.txt", "\n".join(lines) + "\n")
+    report.write(args.out / "report.html", html_report.page(stats, f"{args.model}, {', '.join(args.constraint)}"))
     print("\n".join(lines))
     print(f"written to {args.out}")
 
@@ -307,15 +331,57 @@ def _eval_budget(args: argparse.Namespace, model: torch.nn.Module, tests) -> Non
         print(f"recalibration {verdict} ({losses}): top-1 {100 * trial.scores[1]:.2f} %")
 
 
-def _profile(args: argparse.Namespace) -> None:
+def _input_of(text: str, model: torch.nn.Module) -> torch.Tensor:
+    """Random numbers of a shape that the network takes."""
     try:
-        shape = [int(size) for size in args.input.split("x")]
-    except ValueError:
-        raise ValueError(f"--input must be a shape like 1x3x32x32, got {args.input!r}") from None
+        inputs = torch.randn([int(size) for size in text.split("x")])
+    except (ValueError, RuntimeError):
+        raise ValueError(f"--input must be a shape like 1x3x32x32, got {text!r}") from None
+    try:
+        outputs(model, [(inputs, None)])
+    except (ValueError, RuntimeError, IndexError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"--input must be a shape that the network takes, got {text!r}: {reason}") from None
+    return inputs
+
+
+def _profile(args: argparse.Namespace) -> None:
     model = models.create(args.model)
     if args.compressed:
         model = cmd_ext.load(args.compressed, model)
-    print(cmd_ext.profile(model, torch.randn(shape)))
+    print(cmd_ext.profile(model, _input_of(args.input, model)))
+
+
+def _inspect(args: argparse.Namespace) -> None:
+    if args.plot:
+        check_picture(args.plot)
+    for file in filter(None, (args.csv, args.json, args.plot)):
+        report.check_writable(file)
+    torch.manual_seed(args.seed)
+    model, calibration = _network(args), None
+    inputs = _input_of(args.input or "1x3x32x32", model) if args.input or not args.data else None
+    if args.data:
+        train = _dataset(args, "train")
+        calibration = list(data.loader(train, args.batch_size, shuffle=True, seed=args.seed, limit=args.calibration))
+        inputs = calibration[0][0] if inputs is None else inputs
+    rows = cmd_ext.sensitivity(model, inputs, calibration=calibration, budgets=args.budgets, seed=args.seed)
+    print(f"{rows.profile}\n\n{rows}")
+    if args.csv:
+        report.write(args.csv, rows.to_csv())
+    if args.json:
+        content = {"profile": rows.profile.to_dict(), "sensitivity": rows, "skipped": rows.skipped}
+        report.write(args.json, json.dumps(content, indent=2) + "\n")
+    if args.plot:
+        cmd_ext.plot_sensitivity(rows, args.plot)
+
+
+def _report(args: argparse.Namespace) -> None:
+    report.check_writable(args.out)
+    try:
+        content = json.loads(args.stats.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"report: --stats {args.stats} is not JSON: {error}") from None
+    report.write(args.out, html_report.page(content, args.title))
 
 
 def _doctor(_args: argparse.Namespace) -> None:
@@ -331,7 +397,13 @@ def _doctor(_args: argparse.Namespace) -> None:
     registered = torch._C._dispatch_get_registrations_for_dispatch_key("CPU")
     operators = sorted(name[9:] for name in registered if name.startswith("cmd_ext::") and name[9] != "_")
     devices = [d for d in ("CPU", "CUDA") if torch._C._dispatch_has_kernel_for_dispatch_key("cmd_ext::lrs_conv2d", d)]
-    extras = {"tqdm": "progress bars", "PIL": "image files", "torchvision": "its networks", "timm": "its networks"}
+    extras = {
+        "tqdm": "progress bars",
+        "PIL": "image files",
+        "matplotlib": "pictures",
+        "torchvision": "its networks",
+        "timm": "its networks",
+    }
     kernels = f"for CUDA {build['cuda']}; `python -m cmd_ext gpu-check` proves and times them"
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     facts = {

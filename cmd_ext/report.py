@@ -1,8 +1,9 @@
-"""What is shown and written: tables, files, progress bars."""
+"""What is shown and written: tables, progress bars, files that are written whole or not at all."""
 
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -55,20 +56,6 @@ def front(rows: Sequence[dict]) -> str:
     return table(header, lines)
 
 
-def write(path: Path, text: str) -> None:
-    """Replaces a file at once.
-
-    Raises:
-        OSError: the folder does not exist or cannot be written.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 class Bar:
     """A tqdm bar where tqdm is installed and wanted, else nothing."""
 
@@ -94,3 +81,27 @@ class Bar:
     def __exit__(self, *_) -> None:
         if self._bar is not None:
             self._bar.close()
+
+
+def check_writable(file: Path) -> None:
+    """Raises OSError if the file could not be written; leaves nothing behind."""
+    if file.is_dir():
+        raise IsADirectoryError(f"{file} is a folder")
+    try:
+        with tempfile.TemporaryFile(dir=file.parent):
+            pass
+    except OSError as error:
+        raise type(error)(error.errno, error.strerror, str(file)) from None
+
+
+def write(file: Path, content: str | bytes) -> None:
+    """All of it or, after an error, nothing."""
+    part = file.with_name(f"{file.name}.{os.getpid()}.tmp")
+    try:
+        if isinstance(content, bytes):
+            part.write_bytes(content)
+        else:
+            part.write_text(content, encoding="utf-8")
+        part.replace(file)
+    finally:
+        part.unlink(missing_ok=True)

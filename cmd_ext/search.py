@@ -48,8 +48,8 @@ SAMPLES = 512  # of the calibration data, that a trial is measured on
 TEMPERATURE = 2.0
 GUIDED = 0.6  # share of the trials that the estimator proposes; the rest are moves
 STAGES = 6  # at most so many parts of the network have shifts of their own
-SPACE = {"stage": (-1.5, 1.5), "coefficient": (-1.5, 1.5), "power": (0.6, 1.4)}
-STEP, LEAST_STEP = 0.5, 0.1  # of a move, in log loss
+SPACE = {"stage": (-1.0, 1.0), "coefficient": (-1.0, 1.0), "power": (0.7, 1.3)}
+STEP, LEAST_STEP = 0.3, 0.1  # of a move, in log loss
 SWEEP = (0.02, 0.05, 0.1, 0.17, 0.27, 0.4, 0.6, 0.85)  # of the way from the smallest network to the mildest
 
 Report = Callable[[int, float], None]

@@ -1,5 +1,6 @@
 """The command line, and the README's example."""
 
+import csv
 import json
 import re
 from pathlib import Path
@@ -36,12 +37,16 @@ def test_compress_finetune_and_eval(images, tmp_path, capsys):
                  "--calibration", "40", "--out", str(out)]) == 0  # fmt: skip
     printed = capsys.readouterr().out
     assert sorted(p.name for p in out.iterdir()) == [
-        "finetune.pt", "model.safetensors", "plan.json", "report.txt", "stats.json",
+        "finetune.pt", "model.safetensors", "plan.json", "report.html", "report.txt", "stats.json",
     ]  # fmt: skip
     assert "smaller / faster by" in printed
     assert "epoch 1: loss" in printed
     stats = json.loads((out / "stats.json").read_text())["stats"]
     assert stats["params"][1] <= 0.4 * stats["params"][0]
+    again = tmp_path / "again.html"
+    title = ["--title", "resnet20, params=40%"]
+    assert main(["report", "--stats", str(out / "stats.json"), "--out", str(again), *title]) == 0
+    assert again.read_text() == (out / "report.html").read_text()
     assert main(["eval", *network, "--compressed", str(out / "model.safetensors")]) == 0
     assert re.search(r"top-1 \d+\.\d\d % of 30 images", capsys.readouterr().out)
     assert main(["profile", "--model", "resnet20", "--compressed", str(out / "model.safetensors")]) == 0
@@ -165,6 +170,78 @@ def test_bad_arguments_give_one_line(images, tmp_path, capsys, arguments, messag
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("cmd_ext compress: ")
     assert message in error
+
+
+def test_inspect_with_and_without_data(images, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    files = {kind: tmp_path / f"a.{kind}" for kind in ("csv", "json", "svg")}
+    written = ["--csv", str(files["csv"]), "--json", str(files["json"]), "--plot", str(files["svg"])]
+    data = ["--data", str(images), "--batch-size", "20", "--calibration", "20"]
+    assert main(["inspect", "--model", "resnet20", *data, "--budgets", "10%", "0.3", *written]) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"^layer1.0.conv1 +Conv2d +16x144 +- +- +2.3 k +9.22 k +47.2 M ", printed, re.M)  # of 20 images
+    assert "relative error of a layer's outputs, at a share of its parameters" in printed
+    assert re.search(r"^layer +shape +params +10 % +30 %$", printed, re.M)
+    assert "loss of the network with this layer alone compressed" in printed
+    assert "stay dense:\n  conv1: too small: 432 weights" in printed
+    with files["csv"].open(newline="") as file:
+        lines = [*csv.DictReader(file)]
+    content = json.loads(files["json"].read_text())
+    assert len(lines) == len(content["sensitivity"]) == 36
+    assert [line["layer"] for line in lines] == [row["layer"] for row in content["sensitivity"]]
+    assert [float(line["loss"]) for line in lines] == [row["loss"] for row in content["sensitivity"]]
+    assert set(content["skipped"]) == {"conv1", "linear"}
+    assert content["profile"]["total"]["macs"] == sum(row["macs"] for row in content["profile"]["rows"])
+    assert "<svg" in files["svg"].read_text()
+    assert sorted(tmp_path.iterdir()) == sorted(files.values())
+
+    assert main(["inspect", "--model", "resnet20", "--input", "2x3x16x16", "--budgets", "0.2"]) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"^layer1.0.conv1 +Conv2d +16x144 +- +- +2.3 k +9.22 k +1.18 M ", printed, re.M)
+    assert "relative error of a layer's weight, at a share of its parameters" in printed
+    assert "loss" not in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--csv", "/no/such/folder/a.csv"], "No such file or directory: '/no/such/folder/a.csv'"),
+        (["--json", "/"], "/ is a folder"),
+        (["--plot", "/no/such/folder/a.svg"], "No such file or directory: '/no/such/folder/a.svg'"),
+        (["--plot", "a.gif"], "path must end in .svg, .png, .pdf, got a.gif"),
+        (["--input", "1xx3"], "--input must be a shape like 1x3x32x32, got '1xx3'"),
+        (["--input", "1x5x32x32"], "--input must be a shape that the network takes, got '1x5x32x32': Given groups=1"),
+        (["--budgets", "90%"], "budgets must lie in [0.01, 0.8], at least one, got [0.9]"),
+        (["--model", "resnet21"], "resnet21"),
+        (["--data", "/no/such/folder"], "/no/such/folder"),
+        (["--weights", "/no/such/file"], "/no/such/file"),
+    ],
+)
+def test_inspect_refuses_in_one_line(capsys, monkeypatch, arguments, message):
+    if "--budgets" not in arguments:
+        monkeypatch.setattr(cmd_ext, "sensitivity", None)  # none of it is reached
+    assert main(["inspect", "--model", "resnet20", *arguments]) == 1
+    (error,) = capsys.readouterr().err.strip().splitlines()
+    assert error.startswith("cmd_ext inspect: ")
+    assert message in error
+
+
+def test_report_refuses_in_one_line(tmp_path, capsys):
+    file, page = tmp_path / "stats.json", tmp_path / "a.html"
+    for text, out, message in (
+        ("[]", page, "report: want what compress writes to stats.json, got something else"),
+        ("{", page, f"report: --stats {file} is not JSON"),
+        ("{}", "/no/such/folder/a.html", "No such file or directory: '/no/such/folder/a.html'"),
+        (None, page, "No such file"),
+    ):
+        file.unlink(missing_ok=True)
+        if text is not None:
+            file.write_text(text)
+        assert main(["report", "--stats", str(file), "--out", str(out)]) == 1
+        (error,) = capsys.readouterr().err.strip().splitlines()
+        assert error.startswith("cmd_ext report: ")
+        assert message in error
+        assert not page.exists()
 
 
 def test_doctor_names_what_there_is(capsys):

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import json
-import os
-import tempfile
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from cmd_ext import report
 from cmd_ext.bench.timing import SCALE, Row
+from cmd_ext.report import check_writable as check_writable
+from cmd_ext.report import write
 
 HEADER = ("row", "ours", "p20..p80", "best rival", "unit", "against", "ratio", "of peak", "reached / wanted", "note")
 TOLERANCE = 0.25  # slower by more counts, where an earlier file has no quantiles
@@ -73,24 +74,6 @@ def _rank(target: str) -> tuple[int, int, str]:
 
 
 # Files --------------------------------------------------------------------------------------------------------------
-
-
-def check_writable(file: Path) -> None:
-    """Raises OSError if the file could not be written; leaves nothing behind."""
-    if file.is_dir():
-        raise IsADirectoryError(f"{file} is a folder")
-    with tempfile.TemporaryFile(dir=file.parent):
-        pass
-
-
-def write(file: Path, text: str) -> None:
-    """All of it or, after an error, nothing."""
-    part = file.with_name(f"{file.name}.{os.getpid()}.tmp")
-    try:
-        part.write_text(text, encoding="utf-8")
-        part.replace(file)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def load(file: Path) -> dict:
@@ -177,9 +160,6 @@ def plot(file: Path, rows: Sequence[Row], title: str) -> None:
         axes.set_xscale("log")
     axes.set(xlabel="times faster than the best rival", title=title)
     FigureCanvasSVG(figure)
-    part = file.with_name(f"{file.name}.{os.getpid()}.tmp")
-    try:
-        figure.savefig(part, format="svg")
-        part.replace(file)
-    finally:
-        part.unlink(missing_ok=True)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="svg")
+    write(file, picture.getvalue())
