@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
 import math
 import os
 from collections.abc import Callable, Iterable
@@ -32,7 +31,7 @@ SEARCHES = ("cmd", "allocate", "uniform")
 
 PASSES = 12  # over the calibration data, of a sequential fit that nobody asked for
 
-_log = logging.getLogger(__name__)
+_log = distributed.logger(__name__)
 
 __all__ = ["SEARCHES", "Plan", "Result", "Stats", "apply_plan", "compress", "to_dense"]
 

@@ -8,7 +8,6 @@ layer alone is compressed at a few budgets, and the divergence of the network's 
 
 from __future__ import annotations
 
-import logging
 import math
 import time
 from collections import defaultdict
@@ -42,7 +41,7 @@ Curves = dict[str, list[Candidate]]
 Grid = dict[tuple[float, float], Point]  # (budget, sparse coefficient) -> (rank, nnz)
 Step = Callable[[], None]
 
-_log = logging.getLogger(__name__)
+_log = distributed.logger(__name__)
 
 
 def network_curves(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import logging
 import os
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -21,6 +22,13 @@ def world_size() -> int:
 
 def rank() -> int:
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def logger(name: str) -> logging.Logger:
+    """A logger of which the first rank alone is heard, except for warnings."""
+    log = logging.getLogger(name)
+    log.addFilter(lambda record: rank() == 0 or record.levelno >= logging.WARNING)
+    return log
 
 
 def training_device(model: nn.Module, device: torch.device | str | None) -> torch.device:

@@ -6,7 +6,6 @@ E ||D x||^2 = tr(D H D^T).
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -25,7 +24,7 @@ from .windows import Moment, fits, sizes
 POSITIONS = 256  # rows of an image: more changed neither H nor the accuracy of the networks it was tried on
 MAX_FEATURES = 8192
 
-_log = logging.getLogger(__name__)
+_log = distributed.logger(__name__)
 
 
 def second_moments(

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from torch import nn
 
-from . import fingerprints, forms, report
+from . import distributed, fingerprints, forms, report
 from .calibrate import batches_of
 from .candidates import LAYER_OF
 from .modules import replace
@@ -17,7 +16,7 @@ from .refit import MEMORY, Fit, fit_layers
 
 PLAN_VERSION = 2  # 1 knows the channel form only and is written where that is enough
 
-_log = logging.getLogger(__name__)
+_log = distributed.logger(__name__)
 
 
 @dataclass

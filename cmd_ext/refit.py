@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
 import math
 import time
 from collections import defaultdict
@@ -13,13 +12,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from . import distributed
 from .calibrate import Batch
 from .decompose import Decomposition, decompose_batch
 from .moments import MAX_FEATURES, Paired, call_order, moment_bytes, output_error, paired_moments, second_moments
 
 MEMORY = 1 << 30  # bytes of second moments that are held at once
 
-_log = logging.getLogger(__name__)
+_log = distributed.logger(__name__)
 
 
 @dataclass

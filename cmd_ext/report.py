@@ -7,6 +7,8 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from . import distributed
+
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], footer: Sequence[Sequence[str]] = ()) -> str:
     """Columns as wide as they must be; the first to the left, the others to the right; rules around the body."""
@@ -61,7 +63,7 @@ class Bar:
 
     def __init__(self, total: int, label: str, show: bool) -> None:
         self._bar = None
-        if show:
+        if show and distributed.rank() == 0:
             try:
                 from tqdm import tqdm
             except ImportError:

@@ -22,7 +22,6 @@ The first trial is the uncorrected start, so that the best one is no worse.
 from __future__ import annotations
 
 import copy
-import logging
 import math
 import os
 import time
@@ -54,7 +53,7 @@ SWEEP = (0.02, 0.05, 0.1, 0.17, 0.27, 0.4, 0.6, 0.85)  # of the way from the sma
 
 Report = Callable[[int, float], None]
 
-_log = logging.getLogger(__name__)
+_log = distributed.logger(__name__)
 
 
 @dataclass(frozen=True)

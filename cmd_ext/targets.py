@@ -7,7 +7,6 @@ score is only known of a finished network: the budget is bisected along the allo
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -30,7 +29,7 @@ REPEATS = 11  # timed calls of a network, of which the median counts
 MARGIN = 0.95  # once a layer is slower than dense, those above this share of dense go back with it
 PROBES = 8  # networks that the bisection by score fits
 
-_log = logging.getLogger(__name__)
+_log = distributed.logger(__name__)
 
 
 @dataclass

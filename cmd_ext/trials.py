@@ -9,7 +9,6 @@ that was killed and started again makes the same trials as one that was not.
 from __future__ import annotations
 
 import hashlib
-import logging
 import os
 import socket
 import time
@@ -21,12 +20,14 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+from . import distributed
+
 STARTUP = 8  # random trials before the estimator takes over, and before any is stopped early
 RACES = "already exists", "no such table", "UNIQUE constraint", "database is locked"
 PATIENCE = timedelta(hours=1)  # how long a trial of another host may run
 JOURNALS = (".log", ".journal", ".jsonl")
 
-_log = logging.getLogger(__name__)
+_log = distributed.logger(__name__)
 
 
 @dataclass(frozen=True)

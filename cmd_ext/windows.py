@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import zlib
 
@@ -18,7 +17,7 @@ _CHUNK = 1 << 24  # entries of the rows that are gathered and multiplied at once
 _CHUNK_ROWS = 8192  # a float32 sum over so few products keeps 5 digits; longer sums are in float64
 _BLOCK = 96  # columns of H computed at once: only blocks on and above the diagonal are
 
-_log = logging.getLogger(__name__)
+_log = distributed.logger(__name__)
 
 
 class Moment:

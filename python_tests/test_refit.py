@@ -364,7 +364,17 @@ print("agree")
 
 ALLOCATED = RANKS.replace('"uniform"', '"allocate"').partition("alone = ")[0] + 'print("agree")'
 SEARCHED = ALLOCATED.replace('"allocate"', '"cmd", "n_trials": 6')
+SLOW = """
+import time
+from cmd_ext.search import Assembly
+measure = Assembly.measure
+Assembly.measure = lambda *args: (time.sleep(0.5), measure(*args))[1]  # so that both find one to make
+torch.manual_seed(0)
+"""
 SHARED = SEARCHED.replace('"n_trials"', '"checkpoint": sys.argv[2] + ".db", "n_trials"').replace(
+    "torch.manual_seed(0)\n", SLOW
+)
+SHARED = SHARED.replace(
     'print("agree")',
     """
 import optuna
