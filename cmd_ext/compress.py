@@ -309,12 +309,13 @@ class _Job:
         facts = *self.facts(problem.round_to), self.constraints, [layer.name for layer in problem.layers], self.pinned
         how = {"seed": self.seed, "progress": self.progress, "facts": facts}
         outcome = run_search(problem, limits, assembly, n_trials=n_trials, checkpoint=checkpoint, **how)
-        plain = problem.copy()
-        plain.curves = curves.finer(problem.layers, problem.curves, self.tables, problem.round_to)
+        plain = problem.copy()  # with candidates between the fits, which fill the limits better
+        finer = partial(curves.finer, problem.layers, problem.curves, self.tables, problem.round_to)
+        plain.curves = distributed.first_rank_does(finer)
         if "latency" in limits:
             plain.drop_slower()
-        corrected = problem.copy()
-        corrected.curves = outcome.correction.apply(problem.curves)
+        corrected = plain.copy()
+        corrected.curves = outcome.correction.apply(plain.curves)
         found = [(*self.solve(candidate), candidate) for candidate in (corrected, plain)]
         kind = next(iter(limits))
         values = [distributed.first_rank_does(partial(self._badness, network, kind)) for network, *_ in found]
