@@ -9,11 +9,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import dispatch, forms, ops
+from . import _C, dispatch, forms, ops
 from .decompose import Decomposition, decompose
 
 BACKENDS = ("auto", "fused", "lowrank", "dense")
 MOST_KEPT = 8  # input sizes whose plans a convolution keeps
+
+_kept_call, _is_dynamo_compiling = _C.kept_call, torch.compiler.is_dynamo_compiling  # a look-up takes as long as a call
+# What keeps a call from what the layer has kept, or at least from the short way to it: functions without arguments.
+_OBSTACLES = (
+    torch._C._is_tracing,  # sizes may be symbols
+    torch.is_grad_enabled,
+    torch._C._is_any_autocast_enabled,
+    torch._C._len_torch_dispatch_stack,
+    torch._C._functorch.maybe_current_level,
+)
 
 
 class _LowRankSparse(nn.Module):
@@ -159,36 +169,36 @@ class _LowRankSparse(nn.Module):
             self._noted, self._tokens, self._inputs_per_token = x.shape, tokens, x.numel() / tokens
 
     def _records_gradients(self) -> bool:
-        return torch.is_grad_enabled() and any(t.requires_grad for t in self._sources())
+        return torch.is_grad_enabled() and any(_requires_grad(t) for t in self._sources())
 
-    def _sources(self) -> tuple[Tensor, ...]:
-        """The tensors of U V + S, past Module.__getattr__ where possible: it takes longer than a small product."""
-        parameters, buffers = self._parameters, self._buffers
+    def _sources(self) -> tuple[Tensor | None, ...]:
+        """The tensors of U V + S and the bias, past Module.__getattr__ where possible: it takes longer than a look-up."""
+        p, b = self._parameters, self._buffers
         try:
-            return parameters["u"], parameters["v"], parameters["values"], buffers["row_ptr"], buffers["col_idx"]
+            return p["u"], p["v"], p["values"], p["bias"], b["row_ptr"], b["col_idx"]
         except KeyError:  # parametrized, pruned or a replica of DataParallel
-            return self.u, self.v, self.values, self.row_ptr, self.col_idx
-
-    def _bias(self) -> Tensor | None:
-        try:
-            return self._parameters["bias"]
-        except KeyError:
-            return self.bias
+            return self.u, self.v, self.values, self.bias, self.row_ptr, self.col_idx
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.compiler.is_compiling() or torch._C._is_tracing():  # sizes may be symbols
-            return self._activated(self._compute(x))
-        shape = x.shape
-        if shape != self._noted:
+        if not _is_dynamo_compiling():
+            call = _kept_call(self.__dict__, x, _OBSTACLES)
+            if call is not None:
+                return call(self, x)
+            if not (torch.compiler.is_compiling() or torch._C._is_tracing()):
+                return self._forward(x)
+        return self._activated(self._compute(x))  # sizes may be symbols
+
+    def _forward(self, x: Tensor) -> Tensor:
+        if (shape := x.shape) != self._noted:
             self._note_size(x)
         sources = self._sources()
-        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, self.bias, *sources)):
+        if torch.is_grad_enabled() and any(_requires_grad(t) for t in (x, *sources)):
             return self._activated(self._compute(x))
         if torch._C._len_torch_dispatch_stack() > 0 or torch._C._functorch.maybe_current_level() is not None:
             return self._activated(self._compute(x))
         kept = self._kept
         if kept is None or not _is_state(kept[0], sources):
-            if any(t.is_inference() for t in sources):  # these have no version
+            if any(t is not None and t.is_inference() for t in sources):  # these have no version
                 return self._activated(self._compute(x))
             kept = self._kept = _state(sources), {}, {}
         _, calls, shared = kept
@@ -205,9 +215,11 @@ class _LowRankSparse(nn.Module):
         """A function of (layer, x) for inputs like x, without gradients; `shared` tells the choice for their size."""
         if self._backend != "auto":
             return self._prepare_by(self._backend, x, shared)
-        ways = dispatch.candidates(self._work(), x.device)
+        ways, had_matrix = dispatch.candidates(self._work(), x.device), "matrix" in shared
         calls = {way: self._prepare_by(way, x, shared) for way in ways}
         shared[x.shape] = way = ways[0] if len(ways) == 1 else dispatch.fastest(calls, self, x)
+        if way != "dense" and not had_matrix:
+            shared.pop("matrix", None)  # built to be timed
         return calls[way]
 
     def _prepare_by(self, backend: str, x: Tensor, shared: dict):
@@ -220,8 +232,11 @@ class _LowRankSparse(nn.Module):
             matrix = shared.get("matrix")
             if matrix is None:
                 matrix = shared["matrix"] = self._matrix()
-            return lambda layer, x: layer._activated_(layer._dense(x, matrix))
+            return self._dense_call(matrix)
         return lambda layer, x: layer._activated_(layer._compute(x, backend))
+
+    def _dense_call(self, matrix: Tensor):
+        return lambda layer, x: layer._activated_(layer._dense(x, matrix))
 
     def _apply(self, fn, recurse=True):
         self._kept = None  # an empty tensor's dtype and device are no part of the state
@@ -306,22 +321,33 @@ class _LowRankSparse(nn.Module):
         return f"{bias}, rank={self.rank}, nnz={self.nnz}, density={self.density:.4g}{activation}"
 
 
-def _state(sources: tuple[Tensor, ...]) -> tuple:
-    """What tells whether a source was replaced or changed in place.
+def _requires_grad(t: Tensor | None) -> bool:
+    return t is not None and t.requires_grad
 
-    The aliases at the end keep the memory, so that no other data of a source can come to lie at its address.
+
+def _state(sources: tuple[Tensor | None, ...]) -> tuple:
+    """What tells whether a source was replaced or changed in place; csrc/kept_call.h compares the same.
+
+    These are the versions of all but the bias, which calls read anew, and the addresses of u, v and values. The aliases
+    at the end keep the memory, so that no other data of a source can come to lie at its address.
     """
-    return sources, [t._version for t in sources], [t.data_ptr() for t in sources], [t.detach() for t in sources]
+    u, v, s, _, r, c = sources
+    versions, addresses = (u._version, v._version, s._version, r._version, c._version), _addresses(u, v, s)
+    return sources, versions, addresses, [t.detach() for t in sources if t is not None]
 
 
-def _is_state(state: tuple, sources: tuple[Tensor, ...]) -> bool:
-    """Whether these are the sources of a state, unchanged. Unrolled, as it is part of every small call."""
-    (u, v, s, r, c), versions, addresses, _ = state
-    a, b, d, e, f = sources
+def _addresses(*tensors: Tensor) -> tuple[int, ...]:
+    return tuple(t.data_ptr() for t in tensors)
+
+
+def _is_state(state: tuple, sources: tuple[Tensor | None, ...]) -> bool:
+    """Whether these are the sources of a state, unchanged."""
+    (u, v, s, b, r, c), versions, addresses, _ = state
+    x, y, z, bias, p, q = sources
     return (
-        a is u and b is v and d is s and e is r and f is c
-        and [a._version, b._version, d._version, e._version, f._version] == versions
-        and [a.data_ptr(), b.data_ptr(), d.data_ptr(), e.data_ptr(), f.data_ptr()] == addresses
+        u is x and v is y and s is z and b is bias and r is p and c is q
+        and (u._version, v._version, s._version, r._version, c._version) == versions
+        and _addresses(u, v, s) == addresses
     )  # fmt: skip
 
 
@@ -379,11 +405,17 @@ class CMDLinear(_LowRankSparse):
         return self._dense(x, self._matrix())
 
     def _dense(self, x: Tensor, matrix: Tensor) -> Tensor:
-        return F.linear(x, matrix, self._bias())
+        return F.linear(x, matrix, self.bias)
+
+    def _dense_call(self, matrix: Tensor):
+        if self._activation is not None:
+            return super()._dense_call(matrix)
+        linear, bias = F.linear, self.bias
+        return lambda layer, x: linear(x, matrix, bias)
 
     def _prepare_by(self, backend: str, x: Tensor, shared: dict):
         if backend == "lowrank":
-            return lambda layer, x: layer._activated_(F.linear(F.linear(x, layer.v), layer.u, layer._bias()))
+            return lambda layer, x: layer._activated_(F.linear(F.linear(x, layer.v), layer.u, layer.bias))
         if backend != "fused" or x.device.type != "cpu" or x.dtype != self.u.dtype or x.numel() == 0:
             return super()._prepare_by(backend, x, shared)
         few = x.numel() <= ops.FEW_SAMPLES * self.in_features
@@ -391,7 +423,7 @@ class CMDLinear(_LowRankSparse):
         plan = shared.get(key)
         if plan is None:
             plan = shared[key] = ops.plan_lrs_linear(self.values, self.pattern, self.in_features, few)
-        return lambda layer, x: layer._activated_(ops.planned_lrs_linear(x, layer.u, layer.v, plan, layer._bias()))
+        return lambda layer, x: layer._activated_(ops.planned_lrs_linear(x, layer.u, layer.v, plan, layer.bias))
 
     def _tokens_of(self, x: Tensor) -> int:
         return x.numel() // max(self.in_features, 1)
@@ -533,6 +565,12 @@ class CMDConv2d(_LowRankSparse):
 
     def _dense(self, x: Tensor, matrix: Tensor) -> Tensor:
         return F.conv2d(x, matrix.view(self.out_channels, -1, *self.kernel_size), self.bias, *self._geometry)
+
+    def _dense_call(self, matrix: Tensor):
+        if self._activation is not None:
+            return super()._dense_call(matrix)
+        arguments = matrix.view(self.out_channels, -1, *self.kernel_size), self.bias, *self._geometry
+        return lambda layer, x: F.conv2d(x, *arguments)
 
     def _prepare_by(self, backend: str, x: Tensor, shared: dict):
         ours = backend == "fused" or (self._taps > 1 and backend == "lowrank")

@@ -207,6 +207,33 @@ def test_the_fastest_candidate_is_taken(tuning):
         time.sleep(0.002)
 
     assert dispatch.fastest({"dense": slow, "fused": lambda *_: None}, None, None) == "fused"
+    assert dispatch.fastest({"fused": lambda *_: None, "dense": slow}, None, None) == "fused"
+
+
+@pytest.mark.parametrize(("gain", "way"), [(1.0, "dense"), (0.97, "dense"), (1.04, "dense"), (1.1, "fused")])
+def test_dense_is_taken_where_the_others_gain_little(gain, way, tuning, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(dispatch.time, "perf_counter", lambda: clock[0])
+    calls = {"fused": 1e-3, "dense": gain * 1e-3}
+
+    def call_of(seconds):
+        return lambda: clock.__setitem__(0, clock[0] + seconds)
+
+    calls = {name: call_of(seconds) for name, seconds in calls.items()}
+    assert dispatch.fastest(calls) == way
+
+
+def test_a_weight_built_to_be_timed_is_dropped(tuning, monkeypatch):
+    layer = CMDLinear(12, 10, rank=2, density=0.3)
+    for way in ("fused", "dense", "fused"):
+        monkeypatch.setattr(dispatch, "fastest", lambda calls, layer, x, way=way: way)
+        with torch.no_grad():
+            layer(torch.randn({"fused": 3, "dense": 4}[way], 12))
+            assert ("matrix" in layer._kept[2]) == (way == "dense"), way
+            if way == "dense":
+                layer(torch.randn(5, 12))
+                assert "matrix" in layer._kept[2], "it serves the size before"
+                layer.u.mul_(2)
 
 
 def test_nothing_is_timed_for_deterministic_results(tuning, monkeypatch):
