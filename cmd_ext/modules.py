@@ -172,7 +172,7 @@ class _LowRankSparse(nn.Module):
         return torch.is_grad_enabled() and any(_requires_grad(t) for t in self._sources())
 
     def _sources(self) -> tuple[Tensor | None, ...]:
-        """The tensors of U V + S and the bias, past Module.__getattr__ where possible: it takes longer than a look-up."""
+        """The tensors of U V + S and the bias, past Module.__getattr__ where possible: it takes long."""
         p, b = self._parameters, self._buffers
         try:
             return p["u"], p["v"], p["values"], p["bias"], b["row_ptr"], b["col_idx"]
