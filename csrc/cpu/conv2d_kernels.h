@@ -231,8 +231,8 @@ SIMD_INLINE void dense_gradient(const Blocked<T>& grad, int64_t begin, int64_t e
   }
 }
 
-// out [kRows][kPositions] += weights [channels][taps][kRows] * in at the taps.
-template <class T, int kRows, int kPositions>
+// out [kRows][kPositions] += weights [channels][taps][kRows] * in at the taps; kTaps 0: any number of them.
+template <class T, int kRows, int kPositions, int kTaps>
 SIMD_INLINE void dense_tile(const T* in, const int64_t* places, int64_t plane, int64_t channels, const int32_t* taps,
                             int64_t tap_count, const T* weights, T* out, int64_t row_size) {
   Vec<T> acc[kRows * kPositions];
@@ -240,19 +240,23 @@ SIMD_INLINE void dense_tile(const T* in, const int64_t* places, int64_t plane, i
 #pragma GCC unroll 32
   for (int i = 0; i < kRows * kPositions; ++i)
     acc[i] = simd::load(out + i / kPositions * row_size + i % kPositions * kLanes<T>);
+  const auto add = [&](int64_t tap) SIMD_LAMBDA() {
+    Vec<T> x[kPositions];
 #pragma GCC unroll 4
-  for (int j = 0; j < kPositions; ++j) source[j] = in + places[j];
+    for (int j = 0; j < kPositions; ++j) x[j] = simd::load(source[j] + tap);
+#pragma GCC unroll 4
+    for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 4
+      for (int j = 0; j < kPositions; ++j) acc[i * kPositions + j] += weights[i] * x[j];
+    weights += kRows;
+  };
+#pragma GCC unroll 4
+  for (int j = 0; j < kPositions; ++j) source[j] = in + places[j] + (kTaps == 1 ? taps[0] : 0);
   for (int64_t c = 0; c < channels; ++c) {
-    for (int64_t t = 0; t < tap_count; ++t, weights += kRows) {
-      const int64_t tap = taps[t];
-      Vec<T> x[kPositions];
-#pragma GCC unroll 4
-      for (int j = 0; j < kPositions; ++j) x[j] = simd::load(source[j] + tap);
-#pragma GCC unroll 4
-      for (int i = 0; i < kRows; ++i)
-#pragma GCC unroll 4
-        for (int j = 0; j < kPositions; ++j) acc[i * kPositions + j] += weights[i] * x[j];
-    }
+    if constexpr (kTaps == 1)
+      add(0);
+    else
+      for (int64_t t = 0; t < tap_count; ++t) add(taps[t]);
 #pragma GCC unroll 4
     for (int j = 0; j < kPositions; ++j) source[j] += plane;
   }
@@ -262,7 +266,7 @@ SIMD_INLINE void dense_tile(const T* in, const int64_t* places, int64_t plane, i
 }
 
 // One quad of rows of a part at all positions, over channels [begin, end) of the input.
-template <class T, int kRows>
+template <class T, int kRows, int kTaps>
 SIMD_INLINE void dense_rows(const Plan<T>& plan, const Part& part, int64_t quad, int64_t begin, int64_t end,
                             const T* in, int64_t plane, const int32_t* places, int64_t positions, T* out,
                             int64_t row_size) {
@@ -277,9 +281,12 @@ SIMD_INLINE void dense_rows(const Plan<T>& plan, const Part& part, int64_t quad,
     const int32_t* taps = plan.taps + part.tap;
     T* target = rows + i * kLanes<T>;
     const int64_t channels = end - begin;
-    if (count == 3) dense_tile<T, kRows, 3>(source, at, plane, channels, taps, part.taps, weights, target, row_size);
-    if (count == 2) dense_tile<T, kRows, 2>(source, at, plane, channels, taps, part.taps, weights, target, row_size);
-    if (count == 1) dense_tile<T, kRows, 1>(source, at, plane, channels, taps, part.taps, weights, target, row_size);
+    if (count == 3)
+      dense_tile<T, kRows, 3, kTaps>(source, at, plane, channels, taps, part.taps, weights, target, row_size);
+    if (count == 2)
+      dense_tile<T, kRows, 2, kTaps>(source, at, plane, channels, taps, part.taps, weights, target, row_size);
+    if (count == 1)
+      dense_tile<T, kRows, 1, kTaps>(source, at, plane, channels, taps, part.taps, weights, target, row_size);
     i += count;
   }
 }
@@ -291,12 +298,18 @@ SIMD_INLINE void dense_part(const Plan<T>& plan, const Part& part, int64_t first
                             int64_t row_size) {
   begin = std::max(begin, part.channel), end = std::min(end, part.channel + part.channels);
   if (begin >= end || part.taps == 0) return;
+  const auto multiply = [&](auto rows, int64_t quad) SIMD_LAMBDA() {
+    if (part.taps == 1)
+      dense_rows<T, rows, 1>(plan, part, quad, begin, end, in, plane, places, positions, out, row_size);
+    else
+      dense_rows<T, rows, 0>(plan, part, quad, begin, end, in, plane, places, positions, out, row_size);
+  };
   for (int64_t quad = first; quad < last; ++quad) {
     const int64_t rows = std::min(kQuad, part.rows - quad * kQuad);
-    if (rows == 4) dense_rows<T, 4>(plan, part, quad, begin, end, in, plane, places, positions, out, row_size);
-    if (rows == 3) dense_rows<T, 3>(plan, part, quad, begin, end, in, plane, places, positions, out, row_size);
-    if (rows == 2) dense_rows<T, 2>(plan, part, quad, begin, end, in, plane, places, positions, out, row_size);
-    if (rows == 1) dense_rows<T, 1>(plan, part, quad, begin, end, in, plane, places, positions, out, row_size);
+    if (rows == 4) multiply(std::integral_constant<int, 4>{}, quad);
+    if (rows == 3) multiply(std::integral_constant<int, 3>{}, quad);
+    if (rows == 2) multiply(std::integral_constant<int, 2>{}, quad);
+    if (rows == 1) multiply(std::integral_constant<int, 1>{}, quad);
   }
 }
 
@@ -315,6 +328,15 @@ struct Buffers {
         in(memory.get()),
         middle(in + size_of_in(h) + size_of_sums(h)),
         sums(in + size_of_in(h)) {}
+  // With the sums and the middle of others, for threads that share an item.
+  Buffers(const Header& h, const Buffers& others)
+      : plane(others.plane),
+        row_size(others.row_size),
+        middle_size(others.middle_size),
+        memory(Slot::input, size_of_in(h)),
+        in(memory.get()),
+        middle(others.middle),
+        sums(others.sums) {}
 
  private:
   int64_t size_of_in(const Header& h) const { return round_up(h.channels * plane, 16); }
@@ -398,21 +420,17 @@ void run(const Plan<T>& plan, const Image<const T>& in, const T* bias, bool relu
     });
     return;
   }
-  // Few items: all threads work on each, first on its channels, then on its rows.
+  // Few items: all threads work on the rows of each. Every thread packs the input for itself: fetching what another one
+  // packed, line by line from its cache, takes longer.
   const Buffers<T> buffers(h);
   const auto rows_at = [&](int64_t unit) { return unit == kUnits ? h.rows : h.rows * unit / kUnits / 8 * 8; };
   const auto quads_at = [&](int64_t unit) { return quads * unit / kUnits; };
-  const auto channels_at = [&](int64_t unit) {
-    return unit == kUnits ? h.channels : h.channels * unit / kUnits / 8 * 8;
-  };
   for (int64_t item = 0; item < g.items(); ++item) {
     parallel_for(kUnits, 1, [&](int64_t begin, int64_t end) {
-      simd::run(
-          [&] SIMD_LAMBDA() { lanes::pack(in, g, window, item, channels_at(begin), channels_at(end), buffers.in); });
-    });
-    parallel_for(kUnits, 1, [&](int64_t begin, int64_t end) {
+      const Buffers<T> own(h, buffers);
       simd::run([&] SIMD_LAMBDA() {
-        multiply_input(plan, buffers, bias, quads_at(begin), quads_at(end), rows_at(begin), rows_at(end));
+        lanes::pack(in, g, window, item, 0, h.channels, own.in);
+        multiply_input(plan, own, bias, quads_at(begin), quads_at(end), rows_at(begin), rows_at(end));
       });
     });
     parallel_for(kUnits, 1, [&](int64_t begin, int64_t end) {
@@ -427,7 +445,7 @@ void run(const Plan<T>& plan, const Image<const T>& in, const T* bias, bool relu
 template <class T>
 int64_t plan_conv2d(const Image<const T>& x, const ConvWeights<T>& w, const Image<T>& y, const ConvShape& shape,
                     void* memory, const ParallelFor& parallel_for) {
-  Header h = forward_header(shape, w, x, y.height, y.width, w.s.nnz(), y.channels, parallel_for.threads);
+  Header h = forward_header(shape, w, x, y, parallel_for.threads);
   h.magic = kMagic, h.bytes = Plan<T>(nullptr, h).size;
   if (memory) {
     *static_cast<Header*>(memory) = h;
@@ -456,7 +474,7 @@ template <class T>
 void lrs_conv2d(const Image<const T>& x, const ConvWeights<T>& w, const T* bias, const Image<T>& y,
                 const ConvShape& shape, const ParallelFor& parallel_for) {
   if (shape.batch == 0 || y.height * y.width * y.channels == 0) return;
-  const PlanOfCall<T> call(forward_header(shape, w, x, y.height, y.width, w.s.nnz(), y.channels, parallel_for.threads));
+  const PlanOfCall<T> call(forward_header(shape, w, x, y, parallel_for.threads));
   const Plan<T>& plan = call.plan;
   fill_forward(plan, shape, w, parallel_for);
   run(plan, x, bias, false, y, parallel_for);

@@ -107,14 +107,16 @@ inline double predict(const Geometry& g, const Load& load, int64_t lane_count, i
   const double tile = double(g.tile_h * g.tile_w), positions = double(g.positions());
   const double packed = double(g.in_h() * g.in_w()), vector = double(lane_count * load.element);
   const double bytes = (load.channels * packed + load.rows * positions) * vector;
-  const double pack = bytes * (bytes > 512e3 ? 2.5e-10 : 1.5e-10);
+  const double a_byte = bytes > 512e3 ? 2.5e-10 : 1.5e-10;
+  const double pack = load.channels * packed * vector * a_byte, unpack = load.rows * positions * vector * a_byte;
   // A row's sums depend on each other: below 8 of them the latency of the FMA is what counts.
   const double sparse =
       positions / tile * (double(load.rows * load.blocks) * 9e-9 + double(load.nnz) * std::max(0.2e-9 * tile, 1.5e-9));
   const double dense = (packed * double(load.dense_in) + positions * double(load.dense_out)) * 0.25e-9;
   const double reduce = double(load.sums) * 1e-9;  // their lanes are added once an item
-  const double item = pack + sparse + dense + reduce, items = double(g.items());
-  const double dealt = std::ceil(items / threads) * item, together = items * (item / threads * 1.15 + 8e-6);
+  const double work = sparse + dense + reduce + unpack, items = double(g.items());
+  const double dealt = std::ceil(items / threads) * (pack + work);
+  const double together = items * (pack + work / threads * 1.1 + 6e-6);  // each packs all
   shared = together < dealt;
   return std::min(dealt, together);
 }
@@ -155,19 +157,21 @@ inline Tap tap_at(const ConvShape& s, int64_t tap) {
   return {h % s.stride_h * s.stride_w + w % s.stride_w, h / s.stride_h, w / s.stride_w};
 }
 
-// Channels of a block: what a tile touches of them stays in L1.
-inline int64_t block_of(int64_t taps) {
-  return std::clamp<int64_t>(288 * 32 / CMD_EXT_VECTOR_BYTES / taps / 8 * 8, 8, 128);
+// Channels of a block: what a tile touches of them stays in L1, the more surely the fewer they are. Fewer pay where a
+// row has enough nonzeros in a block to make up for loading and storing its sums once more.
+inline int64_t block_of(int64_t taps, double density) {
+  const int64_t columns = density > 0.125 ? 144 : 216;
+  return std::clamp<int64_t>(columns * 32 / CMD_EXT_VECTOR_BYTES / taps / 8 * 8, 8, 128);
 }
 
-// The header of y = (U V + S) * x for input [channels, height, width] and output sizes y.
+// The header of y = (U V + S) * x for input [channels, height, width], output sizes and channels of a block.
 template <class T>
 Header forward_header(const ConvShape& s, const ConvWeights<T>& w, const Image<const T>& x, int64_t out_h,
-                      int64_t out_w, int64_t nnz, int64_t rows, int threads) {
+                      int64_t out_w, int64_t block, int threads) {
   Header h{};
-  const int64_t taps = s.kernel_h * s.kernel_w;
+  const int64_t taps = s.kernel_h * s.kernel_w, rows = w.s.rows, nnz = w.s.nnz();
   h.element = sizeof(T), h.channels = x.channels, h.ranks = s.groups * w.rank, h.rows = rows, h.nnz = nnz;
-  h.block = block_of(taps), h.blocks = ceil_div(x.channels, h.block), h.taps = taps + 1;
+  h.block = block, h.blocks = ceil_div(x.channels, block), h.taps = taps + 1;
   h.parts_in = h.parts_out = w.rank > 0 ? s.groups : 0;
   h.weights = w.rank * (x.channels * taps + rows);
   h.phases_h = h.phases_w = 1;
@@ -179,11 +183,20 @@ Header forward_header(const ConvShape& s, const ConvWeights<T>& w, const Image<c
   return h;
 }
 
+template <class T>
+Header forward_header(const ConvShape& s, const ConvWeights<T>& w, const Image<const T>& x, const Image<T>& y,
+                      int threads) {
+  const double size = double(w.s.rows) * double(w.s.cols);
+  const int64_t block = block_of(s.kernel_h * s.kernel_w, double(w.s.nnz()) / std::max(1.0, size));
+  return forward_header(s, w, x, y.height, y.width, block, threads);
+}
+
 // The header of the gradients for the weights: as forward, with the products that add up u's and v's gradients besides.
 template <class T>
 Header grad_weights_header(const ConvShape& s, const ConvWeights<T>& w, const Image<const T>& x,
                            const Image<const T>& dy, int threads) {
-  Header h = forward_header(s, w, x, dy.height, dy.width, w.s.nnz(), w.s.rows, threads);
+  const int64_t block = block_of(s.kernel_h * s.kernel_w, 0);  // whole eights of nonzeros count for more here
+  Header h = forward_header(s, w, x, dy.height, dy.width, block, threads);
   const Load load{x.channels, w.s.rows, h.nnz, h.blocks, h.element, 0, 2 * h.weights, h.weights + h.nnz};
   h.geometry = choose_geometry(s.batch, dy.height, dy.width, h.geometry.reach, load, kLanes<T>, threads, h.shared);
   return h;
@@ -199,7 +212,9 @@ Header grad_header(const ConvShape& s, const ConvWeights<T>& w, const Image<cons
                 far_w = (s.kernel_w - 1) * s.dilation_w / s.stride_w;
   const int64_t first_h = s.pad_h / s.stride_h, first_w = s.pad_w / s.stride_w;
   h.element = sizeof(T), h.channels = dy.channels, h.ranks = s.groups * w.rank, h.rows = phases * dx.channels;
-  h.nnz = w.s.nnz(), h.block = block_of(std::max<int64_t>(1, taps / phases)), h.blocks = ceil_div(dy.channels, h.block);
+  const double size = double(dy.channels) * double(dx.channels / s.groups * taps);
+  h.nnz = w.s.nnz(), h.block = block_of(std::max<int64_t>(1, taps / phases), double(h.nnz) / std::max(1.0, size));
+  h.blocks = ceil_div(dy.channels, h.block);
   h.taps = taps + 1;
   h.parts_in = w.rank > 0 ? s.groups : 0, h.parts_out = h.parts_in * phases;
   h.weights = w.rank * (dx.channels * taps + dy.channels);

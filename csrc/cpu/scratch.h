@@ -9,7 +9,7 @@
 
 namespace cmd_ext::cpu {
 
-enum class Slot { strip, plan, sums, count };  // what a call may hold at the same time
+enum class Slot { strip, input, plan, sums, count };  // what a call may hold at the same time
 
 // `count` elements of T, aligned to pages; not initialised. A block of up to 64 MB returns to its slot of the thread
 // that gives it up, where the next call finds it.
