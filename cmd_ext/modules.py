@@ -111,7 +111,8 @@ class _LowRankSparse(nn.Module):
         Assign one of these to override the choice, "auto" to return to it. The automatic choice is what `dispatch`
         predicts to be fastest for the device, the dtype and the size of the latest call; "dense" where U V and S
         together would take longer than W, and on devices without our kernels. On the CPU, calls without gradients time
-        the candidates once for each input size where the prediction is close (CMD_EXT_AUTOTUNE=0 leaves it at that).
+        the candidates once for each input size where the prediction is close, and take "dense" where the others gain
+        less than 5 % (CMD_EXT_AUTOTUNE=0 leaves it at the prediction).
         A rebuilt W is kept until a parameter changes, but for calls that record gradients, which rebuild it each time;
         so are, on the CPU, the packed weights of the fused kernels, for each of the latest input sizes.
         """
