@@ -102,6 +102,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     network(sub)
     sub.add_argument("--compressed", type=Path, help="file written by compress or cmd_ext.save")
+    sub.add_argument("--permute", type=int, metavar="SEED", help="--limit draws images at random, by this seed")
     sub.add_argument(
         "--budget",
         type=_share,
@@ -292,7 +293,7 @@ def _eval(args: argparse.Namespace) -> None:
     model, test = _network(args), _dataset(args, "test")
     if args.compressed:
         model = cmd_ext.load(args.compressed, model).eval()
-    tests = data.loader(test, args.batch_size, limit=args.limit)
+    tests = data.loader(test, args.batch_size, limit=args.limit, permute=args.permute)
     print(f"top-1 {100 * accuracy(model, tests):.2f} % of {min(len(test), args.limit or len(test))} images", flush=True)
     if args.budget is not None:
         _eval_budget(args, model, tests)

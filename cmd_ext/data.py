@@ -13,6 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -179,6 +180,7 @@ def loader(
     augment: bool = False,
     seed: int | None = None,
     limit: int | None = None,
+    permute: int | None = None,
     num_workers: int | None = None,
 ) -> DataLoader:
     """Batches of a dataset of this module.
@@ -193,6 +195,8 @@ def loader(
         augment: random crop after padding with an eighth of the side (4 pixels at 32), and horizontal flip.
         seed: seed of the order.
         limit: use this many images, evenly spaced over the dataset, so that classes keep their shares.
+        permute: take them (all, without a limit) from the front of the permutation of the dataset that numpy's
+            RandomState gives for this seed instead: a random sample that does not change from epoch to epoch.
         num_workers: decoding processes; None: none for images in memory, else up to 4.
 
     Returns:
@@ -208,13 +212,19 @@ def loader(
     if num_workers is None:
         num_workers = 0 if isinstance(dataset, _InMemory) else min(4, os.cpu_count() or 1)
     return DataLoader(
-        _Batches(dataset, [i * count // used for i in range(used)], augment),
+        _Batches(dataset, _chosen(count, used, permute), augment),
         batch_size,
         shuffle=shuffle,
         num_workers=num_workers,
         collate_fn=_unchanged,
         generator=None if seed is None else torch.Generator().manual_seed(seed),
     )
+
+
+def _chosen(count: int, used: int, permute: int | None) -> list[int]:
+    if permute is None:
+        return [i * count // used for i in range(used)]
+    return np.random.RandomState(permute).permutation(count)[:used].tolist()
 
 
 def _unchanged(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

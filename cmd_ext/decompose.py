@@ -22,13 +22,20 @@ import torch
 from torch import Tensor
 
 from . import forms, ops, support
+from .alternation import alternate
+from .chains import Chains
 from .data_aware import SWEEPS, DataAware
 from .metric import Metric
 from .problems import Problem, batches, problems, stacks
-from .projections import Fit, Sparse, leading_part, linear_index
+from .projections import Fit, Sparse, linear_index
 
 DAMPING = 1e-2
 DEFAULT_COEFFICIENT = 0.7  # the best or near-best share of S on real layers once a third of the entries is kept
+CANCELLED = 0.03  # an error below it, as the difference of two squares, has lost digits
+WIDE, SINGLE = (
+    1024,
+    2.0,
+)  # columns beyond which no eigenbasis of H is made; sweeps of a single fit there, in chains' own
 BUDGET_UNITS = ("params", "bytes")
 
 
@@ -42,7 +49,8 @@ class Decomposition:
         values, row_ptr, col_idx: S over [m, n] in CSR, int32 indices, columns ascending.
         relative_error: ||W - U V - S||_F / ||W||_F (0 for a zero W).
         history: the relative error after each pass; with a moment that is no diagonal, the damped and weighted one
-            after each sweep of the data-aware fit, which is not monotone, and the one of the result.
+            after each sweep of the data-aware fit, which is not monotone, and the one of the result; beyond 1024
+            columns that one alone.
         groups: row groups, each with its own rank-r part.
         form: "channel" or "spatial".
         kernel_size: (kh, kw); (1, 1) for a matrix.
@@ -75,6 +83,12 @@ class Decomposition:
         self.u, self.v, self.values = (t.to(like) for t in (self.u, self.v, self.values))
         self.row_ptr, self.col_idx = self.row_ptr.to(like.device), self.col_idx.to(like.device)
         return self
+
+    def scale_rows(self, factors: Tensor) -> None:
+        """Multiplies the rows of U V + S, in the channel form, by factors [m]; the errors are those of before."""
+        factors = factors.to(self.u)
+        self.u = self.u * factors[:, None]
+        self.values = self.values * torch.repeat_interleave(factors, self.row_ptr.diff().long())
 
     def to_dense(self) -> Tensor:
         """U V + S as [m, n]."""
@@ -218,8 +232,8 @@ def decompose_batch(
 ) -> list[Decomposition]:
     """`decompose` of several weights; those of one shape, dtype and device are fitted in batched calls.
 
-    Args and errors: as decompose, with a moment or None per weight. The results come in the order of `weights`. A batch
-    stops when its slowest member meets `tol`.
+    Args and errors: as decompose, with a moment or None per weight. The results come in the order of `weights`; each is
+    that of the weight alone, but for rounding.
     """
     if n_iter < 1:
         raise ValueError(f"decompose: n_iter must be >= 1, got {n_iter}")
@@ -278,10 +292,21 @@ def _fit(w, h, g, groups, rank, nnz, damping, n_iter, tol, generator) -> list[De
     b, m, n = w.shape
     exact = rank == min(m // groups, n) or nnz == m * n
     blocks, metric = w.view(b * groups, m // groups, n), None
+    wide = h is not None and h.dim() == 3 and n > WIDE and (g is None or g.dim() == 2)
     if h is not None or g is not None:
-        metric = Metric(blocks, h, g, groups, damping if nnz else 10 * torch.finfo(w.dtype).eps)
+        damping = damping if nnz else 10 * torch.finfo(w.dtype).eps
+        metric = Metric(blocks, h, g, groups, damping, eigen=not wide)
         blocks = metric.rows * blocks * metric.columns
-    if metric and metric.full and nnz == 0 and not exact:
+    if wide and not exact:
+        if nnz:
+            chains = Chains(metric, blocks, n_iter, generator)
+            ((_, fit),) = chains.walk([[(rank, nnz)]], SINGLE)
+            del chains
+        else:
+            q = metric.leading(blocks, rank, generator)
+            none = Sparse(*ops.topk_csr(blocks.view(1, m, n), 0))
+            fit = Fit(metric.color_rows(q), torch.bmm(q.mT, metric.whiten_rows(blocks)), none, [])
+    elif metric and metric.full and nnz == 0 and not exact:
         aware = DataAware(metric, blocks, groups)
         fit = aware.without_sparse(aware.leading(rank, generator))
     else:
@@ -290,70 +315,13 @@ def _fit(w, h, g, groups, rank, nnz, damping, n_iter, tol, generator) -> list[De
             fit = DataAware(metric, blocks, groups).improve(fit, SWEEPS * n_iter)
     if metric:
         fit = metric.in_weight_units(fit)
-    return results_of(w, fit, groups, h, energies_of(w, groups, h))
+    return results_of(w, fit, groups, h, Sizes.of(w, groups, h))
 
 
-def alternate(
-    blocks: Tensor,
-    groups: int,
-    rank: int,
-    nnz: int,
-    n_iter: int,
-    tol: float,
-    generator,
-    start=None,
-    s: Sparse | None = None,
-) -> Fit:
-    """The weight-only fit of blocks [b * groups, m / groups, n].
-
-    `start` (u, v) is their leading part if known. With an S (Sparse) the passes go on from there, not annealed.
-    """
-    rows, n = blocks.shape[1:]
-    w = blocks.view(-1, groups * rows, n)
-    b, m = w.shape[:2]
-    norms = torch.linalg.vector_norm(w, dim=(1, 2), dtype=torch.float64)
-    if rank == 0:
-        u, v = w.new_zeros(b * groups, rows, 0), w.new_zeros(b * groups, 0, n)
-    else:
-        u, v = start or leading_part(blocks, rank, generator)
-    warm = s is not None
-    rest = torch.empty_like(w)
-
-    def follow(s: Sparse) -> tuple[Tensor, Tensor]:
-        rest.copy_(w).view(-1)[s.index(n)] -= s.values.flatten()
-        u = torch.linalg.qr(torch.bmm(rest.view_as(blocks), v.mT)).Q
-        return u, torch.bmm(u.mT, rest.view_as(blocks))
-
-    if warm and rank:
-        u, v = follow(s)
-    history: list[Tensor] = []
-    passes = n_iter if 0 < rank < min(rows, n) and 0 < nnz < m * n else 1
-    for t in range(1, passes + 1):
-        growing = 2 * t < passes and not warm
-        low_rank = u.reshape(b, m, rank), v.reshape(b, groups * rank, n)
-        s, left = _residual_part(w, *low_rank, nnz * 2 * t // passes if growing else nnz)
-        history.append(left / norms.clamp_min(torch.finfo(torch.float64).tiny))
-        if t == passes or (not growing and len(history) > 1 and not _improves(history, tol)):
-            break
-        u, v = follow(s)
-    return Fit(u, v, s, history)
-
-
-def _residual_part(w: Tensor, u: Tensor, v: Tensor, nnz: int) -> tuple[Sparse, Tensor]:
-    """The nnz largest entries of each W - U V, and the norm of what is left after them [b], float64."""
-    residual, *csr = ops.residual_topk_csr(w, u, v, nnz)
-    squares = torch.linalg.vector_norm(residual, dim=2).double().square().sum(1)  # a row is short enough for float32
-    left = squares - torch.linalg.vector_norm(csr[0], dim=1, dtype=torch.float64).square()
-    return Sparse(*csr), left.clamp_min(0).sqrt()
-
-
-def _improves(history: list[Tensor], tol: float) -> bool:
-    before, after = history[-2], history[-1]
-    return bool((before - after > tol * before).any())
-
-
-def results_of(w: Tensor, fit: Fit, groups: int, h: Tensor | None, energies: list[float]) -> list[Decomposition]:
-    """energies: of each w, if there is an h."""
+def results_of(
+    w: Tensor, fit: Fit, groups: int, h: Tensor | None, sizes: Sizes, measured: bool = False
+) -> list[Decomposition]:
+    """sizes: of w. measured: whether the history of the fit ends with the error of the weight."""
     (b, m, n), s = w.shape, fit.sparse
     u_norm, v_norm = fit.u.norm(dim=1), fit.v.norm(dim=2)
     scale = torch.where((u_norm > 0) & (v_norm > 0), (v_norm / u_norm.clamp_min(1e-30)).sqrt(), 1.0)
@@ -362,13 +330,18 @@ def results_of(w: Tensor, fit: Fit, groups: int, h: Tensor | None, energies: lis
     results = []
     for i in range(b):
         sparse = (t[i].clone() for t in (s.values, s.row_ptr, s.col_idx))
-        history = [float(error[i]) for error in fit.history]
+        history = [error for error in (float(errors[i]) for errors in fit.history) if error == error]  # until it stops
         result = Decomposition(u[i].contiguous(), v[i].contiguous(), *sparse, 0.0, history, groups)
-        norm, rest = _norm(w[i]), w[i] - result.to_dense()
+        if measured and history[-1] > CANCELLED:
+            result.relative_error = history[-1]
+            results.append(result)
+            continue
+        norm, rest = sizes.norms[i], w[i] - result.to_dense()
         result.relative_error = _norm(rest) / norm if norm > 0 else 0.0
         if h is not None:
-            whole = energies[i]
+            whole = sizes.energies[i]
             result.output_error = (energy(rest, h[i * groups : (i + 1) * groups]) / whole) ** 0.5 if whole > 0 else 0.0
+            result.history = result.history or [result.output_error]
         results.append(result)
     return results
 
@@ -381,8 +354,17 @@ def _norm(x: Tensor) -> float:
     return float(torch.linalg.vector_norm(x / scale, dim=1).double().norm() * scale)
 
 
-def energies_of(w: Tensor, groups: int, h: Tensor | None) -> list[float]:
-    return [] if h is None else [energy(x, h[i * groups : (i + 1) * groups]) for i, x in enumerate(w)]
+@dataclass
+class Sizes:
+    """Of each w: its norm, and if there is an h the energy tr(W H W^T)."""
+
+    norms: list[float]
+    energies: list[float]
+
+    @classmethod
+    def of(cls, w: Tensor, groups: int, h: Tensor | None) -> Sizes:
+        parts = [] if h is None else h.split(groups)
+        return cls([_norm(x) for x in w], [energy(x, part) for x, part in zip(w, parts, strict=False)])
 
 
 def energy(x: Tensor, moment: Tensor) -> float:

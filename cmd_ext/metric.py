@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .projections import Fit, Sparse
+from .projections import Fit, Sparse, leading_part
+
+NEGATIVE = 1e-3  # eigenvalues down to minus this, for unit diagonals, are taken for rounding
 
 
 def _diagonal(moment: Tensor) -> Tensor:
@@ -31,12 +33,16 @@ def _normalized(moment: Tensor, ridge: Tensor, unit: Tensor) -> Tensor:
     return scaled.div_(unit[:, None, :])
 
 
+def _negative(name: str) -> str:
+    return f"decompose: {name} must be positive semidefinite, got one with negative eigenvalues"
+
+
 def _eigen(name: str, moment: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues and eigenvectors, which take the place of `moment`: for wide layers the largest thing in memory."""
     values, moment = moment.new_empty(moment.shape[:2]), moment.mT  # by columns, as LAPACK wants it: no copy
     torch.linalg.eigh(moment, out=(values, moment))
-    if (values < -1e-3).any():
-        raise ValueError(f"decompose: {name} must be positive semidefinite, got one with negative eigenvalues")
+    if (values < -NEGATIVE).any():
+        raise ValueError(_negative(name))
     return values.clamp_min_(0), moment
 
 
@@ -51,8 +57,13 @@ class Metric:
         full: whether H or G is more than a diagonal.
     """
 
-    def __init__(self, w: Tensor, h: Tensor | None, g: Tensor | None, groups: int, damping: float) -> None:
-        """w [b, m, n]; h [b, n, n] or [b, n]; g [b, m, m] or [b, m]. Keeps h, copies nothing of its size."""
+    def __init__(
+        self, w: Tensor, h: Tensor | None, g: Tensor | None, groups: int, damping: float, eigen: bool = True
+    ) -> None:
+        """w [b, m, n]; h [b, n, n] or [b, n]; g [b, m, m] or [b, m]. Keeps h, copies nothing of its size.
+
+        Without `eigen` there are no lam and basis, but resolvent() and leading(), which do without them.
+        """
         ones = w.new_ones(())
         self.h, self.basis, self.ridge, self.lam, self.columns = None, None, ones, ones, ones
         self.g, self.row_basis, self.gam, self.rows = None, None, ones, ones
@@ -62,8 +73,12 @@ class Metric:
             self.columns = unit[:, None, :]
             if h.dim() == 3:
                 self.h, self.ridge = h, ridge[:, :, None]
-                lam, self.basis = _eigen("second_moment", _normalized(h, ridge, unit))
-                self.lam = lam[:, None, :]
+                self._normal = (ridge, unit)
+                if eigen:
+                    lam, self.basis = _eigen("second_moment", _normalized(h, ridge, unit))
+                    self.lam = lam[:, None, :]
+                else:
+                    self._factors(NEGATIVE)  # a check
         if g is not None:
             ridge = _ridge(g, groups, damping)
             unit = _unit(g, ridge)
@@ -78,6 +93,38 @@ class Metric:
         self.full = self.h is not None or self.g is not None
         self.weight = self.gam * self.lam
         self.half = self.gam.sqrt()
+
+    def _factors(self, rho: float) -> Tensor:
+        """Cholesky factors of H + rho in our units, in the place of it. By columns, as LAPACK wants them: no copies."""
+        ridge, unit = self._normal
+        shifted = _normalized(self.h, ridge, unit)
+        shifted.diagonal(dim1=1, dim2=2).add_(rho)
+        for block in shifted.mT:
+            info = torch.empty((), dtype=torch.int32, device=block.device)
+            torch.linalg.cholesky_ex(block, out=(block, info))
+            if info:
+                raise ValueError(_negative("second_moment"))
+        return shifted.mT
+
+    def resolvent(self, rho: float) -> Tensor:
+        """(H + rho)^-1 [b, n, n] in our units; rho well above rounding."""
+        factors = self._factors(rho)
+        for block in factors:
+            torch.cholesky_inverse(block, out=block)
+        return factors.mT
+
+    def leading(self, x: Tensor, rank: int, generator: torch.Generator | None) -> Tensor:
+        """q [b, m, rank] of the best L of blocks x, without damping of H; its first columns are those of lower ranks.
+
+        The leading eigenvectors of A H A^T, A = gam^1/2 F^T x; for m > n of R H R^T with A = Q R.
+        """
+        a = self.whiten_rows(x)
+        if self.h is None:
+            return torch.linalg.qr(leading_part(a, rank, generator)[0]).Q
+        tall = a.shape[1] > a.shape[2]
+        q, a = torch.linalg.qr(a) if tall else (None, a)
+        top = torch.linalg.eigh(torch.bmm(self.times_h(a, damped=False), a.mT)).eigenvectors[..., -rank:].flip(-1)
+        return torch.bmm(q, top) if tall else top
 
     def in_weight_units(self, fit: Fit) -> Fit:
         """A fit of rows * W * columns as one of W."""

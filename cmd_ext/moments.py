@@ -182,6 +182,28 @@ def output_error(weight: Tensor, approximation: Tensor, moment: Tensor, groups: 
     return math.sqrt(left / whole) if whole > 0 else 0.0 if left == 0 else math.inf
 
 
+def row_gains(weight: Tensor, approximation: Tensor, moment: Tensor, groups: int = 1) -> Tensor:
+    """sqrt(W H W^T / A H A^T) of each row [m]: factors that give the outputs of A the energy that those of W have.
+
+    Args:
+        weight, approximation, moment, groups: as of output_error; A is the approximation.
+
+    Returns:
+        Factors between 1 / 1.5 and 1.5; 1 for rows without outputs.
+    """
+    wide = torch.promote_types(moment.dtype, torch.promote_types(weight.dtype, torch.float32))
+    full = is_full(moment, groups)
+    h = moment.to(wide).reshape(groups, -1 if full else 1, weight[0].numel())
+
+    def energies(a: Tensor) -> Tensor:
+        a = a.detach().to(moment.device, wide).reshape(groups, len(weight) // groups, -1)
+        return ((torch.bmm(a, h) if full else a * h) * a).sum(2, dtype=torch.float64).flatten().clamp_min(0)
+
+    wanted, ours = energies(weight), energies(approximation)
+    ratio = torch.where((wanted > 0) & (ours > 0), wanted / ours.clamp_min(torch.finfo(ours.dtype).tiny), 1.0)
+    return ratio.sqrt().clamp(1 / 1.5, 1.5)
+
+
 def call_order(model: nn.Module, inputs: object, names: Iterable[str]) -> dict[str, int]:
     """name -> number of calls of the layers that a call of the model reaches, in the order of their first calls."""
     count: dict[str, int] = {}

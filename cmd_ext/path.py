@@ -1,28 +1,29 @@
 """decompose_path(): one weight at many sizes (rank, nnz), at a fraction of the cost of as many single fits.
 
-The eigendecompositions are made once, and ranks are nested: the leading part of the largest rank holds all others. The
-points are walked by falling number of parameters, the first one as a single fit. Each other starts from the nearest one
-that is done; the multipliers that the ADMM of data_aware.py needs besides are the gradient of the loss there, so that a
-few sweeps, at half the cost with a constant penalty, go on from any fit. The first point of another share of S has no
-near one and is fitted by itself, shortly.
+The points form chains, each of one share of S and of falling size: the first fit of a chain stands alone, though it is
+shorter than a single one, and each of the others goes on from the one before. With data that is the matter of
+chains.py; without, the passes go on from the former S. Ranks alone are nested.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import chain
 
 import torch
 from torch import Tensor
 
+from . import ops
+from .alternation import alternate
+from .chains import FEW, Chains, Point
 from .data_aware import SWEEPS, DataAware
-from .decompose import DAMPING, Decomposition, alternate, check_sizes, energies_of, results_of
+from .decompose import DAMPING, Decomposition, Sizes, check_sizes, results_of
 from .metric import Metric
-from .problems import batches, problems, stacks
-from .projections import Fit, leading_part
+from .problems import problems, stacks
+from .projections import Fit, Sparse, leading_part
 
-Point = tuple[int, int]  # rank, nnz
-# Of the passes of a single fit, those of a point near another one, the sweeps there, and both of one that is far.
-PASSES, FOLLOWING, FAR = 0.05, 0.3, 0.3
+APART = 0.1  # shares of S that differ by more belong to chains of their own
+TOGETHER = 1 << 19  # entries of the weights of chains that go in step
 
 
 def decompose_path(
@@ -44,7 +45,7 @@ def decompose_path(
         n_iter: passes that a single fit would make; a point gets a fraction of them.
 
     Returns:
-        A Decomposition per point, in their order. `history` holds the sweeps of that point alone.
+        A Decomposition per point, in their order. `history` holds the errors of that point alone.
 
     Raises:
         ValueError, TypeError: as decompose; a rank or nnz out of range.
@@ -65,7 +66,7 @@ def decompose_path_batch(
     n_iter: int = 20,
     generator: torch.Generator | None = None,
 ) -> list[list[Decomposition]]:
-    """`decompose_path` of several weights at the same points; those of one shape go through batched calls.
+    """`decompose_path` of several weights at the same points, each as if it were alone.
 
     Args and errors: as decompose_path, with a moment or None per weight. Returns a list of points per weight.
     """
@@ -75,82 +76,107 @@ def decompose_path_batch(
     for problem in checked:
         for rank, nnz in points:
             check_sizes(*problem.weight.shape, groups, rank, nnz)
-    results: list[list[Decomposition]] = [[] for _ in checked]
-    for batch in batches(checked):
-        w, h, g = stacks(batch)
+    results = []
+    for problem in checked:
+        w, h, g = stacks([problem])
         with torch.no_grad(), torch.autocast(w.device.type, enabled=False):
-            full = min(w.shape[1] // groups, w.shape[2])
-            most = max((rank for rank, _ in points if rank < full), default=0)
-            path = Path(w, h, g, groups, damping, most, n_iter, generator)
-            fits = path.walk(points)
-        for i, problem in enumerate(batch):
-            results[problem.index] = [fits[point][i].to(problem.weight) for point in points]
+            fits = Path(w, h, g, groups, damping, n_iter, generator).walk(points)
+        results.append([fits[point].to(problem.weight) for point in points])
     return results
 
 
 class Path:
-    """The walk of a batch w [b, m, n], with moments h and g by blocks or None."""
+    """The walk of one weight w [1, m, n], with moments h and g by blocks or None."""
 
-    def __init__(self, w, h, g, groups: int, damping: float, rank: int, n_iter: int, generator) -> None:
-        """rank: the largest one to come below the full one."""
-        self.w, self.h, self.groups, self.n_iter = w, h, groups, n_iter
-        blocks = w.view(len(w) * groups, -1, w.shape[2])
-        self.metric = Metric(blocks, h, g, groups, damping)
-        self.blocks = self.metric.rows * blocks * self.metric.columns
+    def __init__(self, w, h, g, groups: int, damping: float, n_iter: int, generator) -> None:
+        self.w, self.h, self.groups, self.n_iter, self.generator = w, h, groups, n_iter, generator
+        self.blocks, self.metric = w.view(groups, -1, w.shape[2]), None
+        if h is not None or g is not None:
+            self.metric = Metric(self.blocks, h, g, groups, damping, eigen=g is not None and g.dim() == 3)
+            self.blocks = self.metric.rows * self.blocks * self.metric.columns
         self.rank_cost = w.shape[1] + groups * w.shape[2]
-        self.energies = energies_of(w, groups, h)
-        self.start = leading_part(self.blocks, rank, generator)
-        if self.metric.full:
-            self.aware = DataAware(self.metric, self.blocks, groups)
-            self.nested = self.aware.leading(rank, generator)
 
-    def walk(self, points: Sequence[Point]) -> dict[Point, list[Decomposition]]:
+    def walk(self, points: Sequence[Point]) -> dict[Point, Decomposition]:
         """The results by point."""
-        done: dict[Point, Fit] = {}
-        results = {}
-        for point in sorted(set(points), key=lambda p: (-self._cost(p), p)):
-            near = min(done, key=lambda p: self._distance(p, point), default=None)
-            fit = self._fit(point, near, done.get(near))
-            if point[1] and not self._exact(point):
-                done[point] = fit
-            fit = self.metric.in_weight_units(fit)
-            results[point] = results_of(self.w, fit, self.groups, self.h, self.energies)
+        full, whole = min(self.blocks.shape[1:]), self.w.numel()
+        mixed = {p for p in points if 0 < p[1] < whole and p[0] < full}
+        ranks = {p for p in points if p[1] == 0 and 0 < p[0] < full}
+        rest = {*points} - mixed - ranks
+        sizes, results = Sizes.of(self.w, self.groups, self.h), {}
+        alone = ((p, alternate(self.blocks, self.groups, *p, 1, 0.0, None)) for p in rest)
+        for point, fit in chain(self._mixed(mixed), self._ranks(ranks), alone):
+            if self.metric:
+                fit = self.metric.in_weight_units(fit)
+            measured = self.metric is None and len(fit.history) > 0
+            (results[point],) = results_of(self.w, fit, self.groups, self.h, sizes, measured)
         return results
+
+    def _ranks(self, points: set[Point]) -> Iterator[tuple[Point, Fit]]:
+        """U V alone: nested, the leading part of the largest rank."""
+        if not points:
+            return
+        most = max(rank for rank, _ in points)
+        none = Sparse(*ops.topk_csr(self.blocks.view(1, -1, self.blocks.shape[2]), 0))
+        if not (self.metric and self.metric.full):
+            u, v = leading_part(self.blocks, most, self.generator)
+            yield from (((rank, 0), Fit(u[:, :, :rank], v[:, :rank], none, [])) for rank, _ in points)
+            return
+        q = self.metric.leading(self.blocks, most, self.generator)
+        rows = self.metric.whiten_rows(self.blocks)
+        for point in points:
+            u = q[:, :, : point[0]]
+            yield point, Fit(self.metric.color_rows(u), torch.bmm(u.mT, rows), none, [])
+
+    def _mixed(self, points: set[Point]) -> Iterator[tuple[Point, Fit]]:
+        chains = self._chains(points)
+        if not chains:
+            return
+        if not (self.metric and self.metric.full):
+            yield from self._without_data(chains)
+        elif self.metric.g is not None:
+            yield from self._alone(points)
+        else:
+            walker = Chains(self.metric, self.blocks, self.n_iter, self.generator)
+            count = max(1, TOGETHER // self.blocks.numel())
+            for i in range(0, len(chains), count):
+                yield from walker.walk(chains[i : i + count])
+
+    def _chains(self, points: set[Point]) -> list[list[Point]]:
+        """By falling number of parameters, none with a growing rank."""
+        if self.blocks.numel() <= FEW:
+            return [[point] for point in points]
+        chains: list[list[Point]] = []
+        for point in sorted(points, key=lambda p: (-self._cost(p), p)):
+            near = [c for c in chains if c[-1][0] >= point[0] and self._apart(c[0], point) <= APART]
+            if near:
+                min(near, key=lambda c: self._apart(c[0], point)).append(point)
+            else:
+                chains.append([point])
+        return chains
 
     def _cost(self, point: Point) -> int:
         return point[0] * self.rank_cost + point[1]
 
-    def _distance(self, a: Point, b: Point) -> float:
-        return abs(self._cost(a) - self._cost(b)) + 4 * self._apart(a, b) * self._cost(b)
-
     def _apart(self, a: Point, b: Point) -> float:
         """How much the shares of S differ."""
-        return abs(a[1] / max(1, self._cost(a)) - b[1] / max(1, self._cost(b)))
+        return abs(a[1] / self._cost(a) - b[1] / self._cost(b))
 
-    def _exact(self, point: Point) -> bool:
-        """Whether U V or S alone is W."""
-        return point[0] == min(self.blocks.shape[1:]) or point[1] == self.w[0].numel()
+    def _alone(self, points: set[Point]) -> Iterator[tuple[Point, Fit]]:
+        """Where G is full every point is a single fit: what follows another one is no cheaper."""
+        aware = DataAware(self.metric, self.blocks, self.groups)
+        for rank, nnz in points:
+            start = alternate(self.blocks, self.groups, rank, nnz, self.n_iter, 1e-5, self.generator)
+            yield (rank, nnz), aware.improve(start, SWEEPS * self.n_iter)
 
-    def _fit(self, point: Point, near: Point | None, fit: Fit | None) -> Fit:
-        (rank, nnz), aware = point, self.metric.full
-        if self._exact(point):
-            return alternate(self.blocks, self.groups, rank, nnz, 1, 0.0, None)
-        if aware and nnz == 0:
-            return self.aware.without_sparse(self.nested[..., :rank])
-        start = self.start[0][:, :, :rank], self.start[1][:, :rank]
-        alone = near is None or (aware and self.metric.g is not None)
-        # Another share of S is another kind of fit: it takes an L of its own.
-        far = alone or self._apart(near, point) > 0.1
-        passes = self.n_iter if alone else max(1, round(self.n_iter * (FAR if far else PASSES)))
-        if not far and not aware:
-            return alternate(self.blocks, self.groups, rank, nnz, passes, 0.0, None, start, fit.sparse)
-        if far or near[0] < rank:
-            own = alternate(self.blocks, self.groups, rank, nnz, passes, 1e-5, None, start)
-            if not aware:
-                return own
-            if far:
-                return self.aware.improve(own, SWEEPS * passes)
-            u, v = own.u, own.v
-        else:
-            u, v = self.aware.truncated(fit, rank)
-        return self.aware.follow(fit, u, v, nnz, max(2, round(self.n_iter * FOLLOWING)))
+    def _without_data(self, chains: list[list[Point]]) -> Iterator[tuple[Point, Fit]]:
+        """The more is kept the more passes a fit takes."""
+        most = max(rank for points in chains for rank, _ in points)
+        u, v = leading_part(self.blocks, most, self.generator) if most else (self.blocks[:, :, :0],) * 2
+        for points in chains:
+            near = None
+            for rank, nnz in points:
+                kept, start = self._cost((rank, nnz)) / self.w.numel(), (u[:, :, :rank], v[:, :rank])
+                share = min(max(0.5, 2 * kept - 0.5), 1.0) if near is None else kept / 5
+                options = max(1, int(self.n_iter * share)), 1e-5, self.generator, start
+                near = alternate(self.blocks, self.groups, rank, nnz, *options, near and near.sparse)
+                yield (rank, nnz), near

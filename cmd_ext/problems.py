@@ -12,7 +12,7 @@ from torch import Tensor
 from . import dispatch, forms
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-_BATCH_BYTES = 16 << 20  # of the full moments of a batch: wide layers, to whom batching brings nothing, come one by one
+_BATCH_BYTES = 4 << 20  # of the full moments of a batch: wide layers, to whom batching brings nothing, come one by one
 
 
 @dataclass

@@ -38,7 +38,7 @@ from .curves import Curves
 from .decompose import decompose
 from .tables import Tables
 from .targets import Problem, sizes
-from .trials import Study, Trial
+from .trials import Pruned, Study, Trial
 
 VERSION = 1  # of the trials: those of another one are not found
 SAMPLES = 512  # of the calibration data, that a trial is measured on
@@ -48,7 +48,7 @@ TEMPERATURE = 2.0
 GUIDED = 0.6  # share of the trials that the estimator proposes; the rest are moves
 STAGES = 6  # at most so many parts of the network have shifts of their own
 SPACE = {"stage": (-1.0, 1.0), "coefficient": (-1.0, 1.0), "power": (0.7, 1.3)}
-STEP, LEAST_STEP = 0.3, 0.1  # of a move, in log loss
+STEPS = 0.3, 0.15, 0.6  # of moves, in log loss
 SWEEP = (0.02, 0.05, 0.1, 0.17, 0.27, 0.4, 0.6, 0.85)  # of the way from the smallest network to the mildest
 
 Report = Callable[[int, float], None]
@@ -230,7 +230,6 @@ class Search:
         self.problem, self.limits, self.assembly, self.study = problem, limits, assembly, study
         self.n_trials, self.guided, self.step = n_trials, max(1, math.ceil(GUIDED * n_trials)), step
         self.parts = stages(problem.layers)
-        self.known: dict[str, tuple[float, dict]] = {}
         kind = next(iter(limits))
         self.order = sorted(  # of the moves: the largest layers first
             (layer.name for layer in problem.layers), key=lambda name: -problem.curves[name][0].costs[kind]
@@ -261,7 +260,9 @@ class Search:
                 return {}, move
             params = self.study.suggest(index)
         correction = self._correction(params)
-        return params, {"correction": correction.to_dict(), "sizes": self._key(correction)}
+        proposal = {"correction": correction.to_dict(), "sizes": self._key(correction)}
+        same = next((t.index for t in trials if t.finished and t.proposal["sizes"] == proposal["sizes"]), None)
+        return params, proposal if same is None else {**proposal, "same as": same}
 
     def _choice(self, correction: Correction) -> Choice:
         choice, failure = replace(self.problem, curves=correction.apply(self.problem.curves)).attempt(self.limits)
@@ -288,11 +289,8 @@ class Search:
         last = base.proposal.get("move")
         start = self.order.index(last[0]) if last else 0
         order = self.order[start:] + self.order[:start]
-        size = abs(last[1]) if last else STEP
         moves = [tuple(last)] if last else []
-        while size >= LEAST_STEP:
-            moves += [(name, sign * size) for name in order for sign in (1, -1)]
-            size /= 2
+        moves += [(name, sign * size) for size in STEPS for name in order for sign in (1, -1)]
         for name, step in moves:
             correction = Correction(**base.proposal["correction"]).moved(name, step)
             key = self._key(correction)
@@ -301,13 +299,15 @@ class Search:
         return None
 
     def _evaluate(self, proposal: dict, report: Report) -> tuple[float, dict]:
-        start, key = time.perf_counter(), proposal["sizes"]
-        if key not in self.known:
-            choice = self._choice(Correction(**proposal["correction"]))
-            result = self.assembly.measure(choice, report)
-            self.known[key] = result.pop("loss"), {**result, "costs": total_costs(choice, self.problem.fixed)}
-        loss, result = self.known[key]
-        return loss, {**result, "seconds": round(time.perf_counter() - start, 3)}
+        if "same as" in proposal:  # another correction, the same network
+            trial = next(trial for trial in self.study.trials() if trial.index == proposal["same as"])
+            if trial.loss is None:
+                raise Pruned
+            return trial.loss, {**trial.result, "seconds": 0.0}
+        start, choice = time.perf_counter(), self._choice(Correction(**proposal["correction"]))
+        result = self.assembly.measure(choice, report)
+        costs = {"costs": total_costs(choice, self.problem.fixed), "seconds": round(time.perf_counter() - start, 3)}
+        return result.pop("loss"), {**result, **costs}
 
     def _done(self, trial: Trial) -> None:
         self.trials = [*self.trials, trial]

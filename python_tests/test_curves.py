@@ -83,7 +83,7 @@ def test_every_kind_of_split_is_offered(net):
 
 def test_the_error_of_a_candidate_is_that_of_its_fit(net, found):
     h = cmd_ext.second_moments(net, [x for x, _ in found[2]], NAMES)
-    for layer in layers_of(net, NAMES[:3]):  # the head sees one row an image, too few for fits that agree
+    for layer in layers_of(net):
         within = [c for c in found[0][layer.name][1:] if c.costs["params"] >= curves.GRID[0] * layer.size]
         for candidate in within[::9]:
             fit = cmd_ext.decompose(
@@ -93,7 +93,8 @@ def test_the_error_of_a_candidate_is_that_of_its_fit(net, found):
                 groups=layer.groups,
                 second_moment=h[layer.name],
             )
-            assert fit.output_error == pytest.approx(candidate.error**0.5, rel=0.25, abs=0.01), (layer.name, candidate)
+            least, most = 0.8 * fit.output_error - 0.01, 1.1 * fit.output_error + 0.01  # a path may be the better one
+            assert least < candidate.error**0.5 < most, (layer.name, candidate)
 
 
 def test_fits_to_data_have_the_lower_curves(net, found):
@@ -153,7 +154,7 @@ def test_little_memory_takes_more_passes_and_gives_the_like(net, found, monkeypa
     got = network_curves(net, layers_of(net), *found[2:], memory=8 * 144**2)
     assert passes == [["first"], ["second"], ["grouped", "head"]]
     for name in NAMES:
-        assert [c.error for c in got[name]] == pytest.approx([c.error for c in found[0][name]], rel=0.2)
+        assert [c.error for c in got[name]] == pytest.approx([c.error for c in found[0][name]], rel=0.05)
 
 
 def test_steps_and_time_are_told(net, found, caplog):
@@ -195,7 +196,7 @@ def test_compress_meets_its_limit_and_spends_it(net, kind):
     how = {"constraints": {kind: "50%"}, "calibration": images(), "search": "allocate", "progress": False}
     result = cmd_ext.compress(net, images()[0], **how)
     dense, kept = getattr(result.stats, kind)
-    assert 0.45 * dense < kept <= 0.5 * dense
+    assert 0.485 * dense < kept <= 0.5 * dense
     shares = [row["share"] for row in result.front]
     losses = [row["loss"] for row in result.front]
     assert shares == sorted(shares)
@@ -220,7 +221,7 @@ def test_allocation_gives_more_to_the_layer_that_matters(net, found, monkeypatch
         monkeypatch.setattr(curves._Meter, "losses_of", scaled)
         got = network_curves(net, layers_of(net, ["first", "second"]), *found[2:])
         choice = allocation.allocate(got, {"params": 0.0}, limits)
-        assert 0.9 * limits["params"] < allocation.total_costs(choice, {"params": 0.0})["params"] <= limits["params"]
+        assert 0.97 * limits["params"] < allocation.total_costs(choice, {"params": 0.0})["params"] <= limits["params"]
         return choice["second"].costs["params"]
 
     assert kept(0.1) < kept(1.0) < kept(10.0)
@@ -234,7 +235,7 @@ def test_budget_trial_allocates_the_values_that_uniform_keeps(net):
     }
     (even, whole), (kept, same) = trials["uniform"].values, trials["allocate"].values
     assert whole == same == 3 * 2304
-    assert 0.9 * even < kept <= 0.2 * whole
+    assert 0.96 * even < kept <= 0.2 * whole
     assert trials["allocate"].search_seconds > trials["uniform"].search_seconds
 
     def distance(trial: uniform.Trial) -> float:

@@ -212,6 +212,16 @@ def test_loader_limit_keeps_the_shares_of_the_classes(folder):
     assert [targets.tolist() for _, targets in loader] == [[0, 0, 1, 1]]
 
 
+def test_loader_permute_takes_the_front_of_a_permutation(folder):
+    dataset = data.open_dataset(folder, "train", MEAN, STD)
+    order = np.random.RandomState(3).permutation(len(dataset))
+    for limit in (3, None):
+        loader = data.loader(dataset, 2, limit=limit, permute=3)
+        got = [target for _, targets in loader for target in targets.tolist()]
+        assert got == dataset.targets[order[:limit].copy()].tolist()
+        assert [batch.indices for batch in [loader.dataset]] == [order[:limit].tolist()]
+
+
 def epoch(loader):
     batches = list(loader)
     return torch.cat([images for images, _ in batches]), torch.cat([targets for _, targets in batches])

@@ -16,7 +16,7 @@ from torch import nn
 import cmd_ext
 from cmd_ext import CMDConv2d, Plan, data, models, refit, second_moments, uniform
 from cmd_ext.calibrate import accuracy, batches_of
-from cmd_ext.moments import output_error
+from cmd_ext.moments import output_error, row_gains
 from cmd_ext.refit import fit_layers
 
 SIZES = {"first": (16, 144), "second": (16, 144), "grouped": (32, 72), "head": (64, 32)}
@@ -57,6 +57,41 @@ def test_fits_to_data_lower_every_output_error(net):
         assert fit.output_error == pytest.approx(output_error(weight, fit.decomposition.to_dense(), h, groups))
         assert (fit.decomposition.rank, fit.decomposition.nnz) == (2, plan_of().layers[name]["nnz"])
     assert all(torch.equal(state[name], value) for name, value in net.state_dict().items())
+
+
+def test_fits_to_data_keep_the_energy_of_the_outputs(net, monkeypatch):
+    batches = batches_of(smooth_images())
+    x = [inputs for inputs, _ in batches]
+    scaled = fit_layers(net, plan_of().layers, batches)
+    monkeypatch.setattr(refit, "row_gains", lambda weight, *_: torch.ones(len(weight)))
+    plain = fit_layers(net, plan_of().layers, batches)
+    for name, fit in scaled.items():
+        module = net.get_submodule(name)
+        h, groups = second_moments(net, x, [name])[name], getattr(module, "groups", 1)
+        a, b, w = fit.decomposition.to_dense(), plain[name].decomposition.to_dense(), module.weight.detach()
+        gains = row_gains(w, b, h, groups)
+        torch.testing.assert_close(a, b * gains[:, None].to(b))
+        some = (gains - 1).abs() < 0.2  # others lose digits, or are at the limit
+        assert some.sum() > len(w) / 2
+        assert (row_gains(w, a, h, groups)[some] - 1).abs().max() < 1e-3
+        assert gains.mean() > 1.001
+        assert fit.output_error < 1.1 * plain[name].output_error + 1e-4, name
+    dead = row_gains(w, torch.zeros_like(w), h)
+    assert torch.equal(dead, torch.ones_like(dead))
+    assert row_gains(w, 0.1 * w, h).tolist() == pytest.approx([1.5] * len(w))
+
+
+def test_one_image_and_batches_that_end_early(net):
+    (image,) = smooth_images(1, 1)
+    fits = fit_layers(net, plan_of().layers, batches_of(x for x in [image]))
+    assert all(fit.decomposition.to_dense().isfinite().all() for fit in fits.values())
+    assert all(0 <= fit.output_error < 1 for fit in fits.values())
+    one, few = (copy.deepcopy(net) for _ in range(2))
+    cmd_ext.recalibrate_batchnorm(one, iter(smooth_images(2)), n_batches=50)  # as many as there are
+    cmd_ext.recalibrate_batchnorm(few, smooth_images(2))
+    assert all(torch.equal(a, b) for a, b in zip(one.buffers(), few.buffers(), strict=True))
+    with pytest.raises(ValueError, match="empty"):
+        cmd_ext.recalibrate_batchnorm(one, iter([]))
 
 
 def test_the_network_comes_closer_on_images_that_the_fit_did_not_see(net):

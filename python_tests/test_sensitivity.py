@@ -104,7 +104,7 @@ def test_errors_and_losses_are_those_of_fits(net, images, rows, plain):
         weight = compressed.get_submodule(row["layer"]).dense_weight()
         groups = getattr(dense, "groups", 1)
         error = output_error(dense.weight, weight.view_as(dense.weight), moments[row["layer"]], groups)
-        assert 0.95 * error < row["output_error"] < 1.3 * error, row  # the fits of curves are quick ones
+        assert 0.75 * error < row["output_error"] < 1.3 * error, row  # the fits of curves are quick ones
         loss = divergence(reference, outputs(compressed, batches))
         near = 1.6 if row["budget"] == 0.2 else 4  # one of those at which losses are measured
         assert loss / near < row["loss"] < loss * near, row

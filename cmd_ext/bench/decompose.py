@@ -109,6 +109,7 @@ def bench_decompose(run: Run) -> Iterator[Row]:
         return
     for fit in (*seeded(run), *pretrained(run), *minilm(run)):
         yield run.measure(case_of(run, fit))
+    yield vgg16_row(run)
     folder = os.environ.get("CMD_EXT_DATA")
     if folder:
         yield spatial_row(run, Path(folder))
@@ -211,6 +212,23 @@ def case_of(run: Run, fit: Fit) -> Case:
         clock=time.process_time,
         note=note,
     )
+
+
+VGG16 = ((3, 64), (64, 64), (64, 128), (128, 128), (128, 256), *[(256, 256)] * 2, (256, 512), *[(512, 512)] * 5)
+
+
+def vgg16_row(run: Run) -> Row:
+    """A whole large network: the thirteen convolutions of VGG-16 with random weights."""
+    g = torch.Generator().manual_seed(0)
+    kernels = [of_run(run, torch.randn(m, c, 3, 3, generator=g) * (2 / (9 * m)) ** 0.5) for c, m in VGG16]
+
+    def fit() -> list[float]:
+        return [fit.relative_error for fit in cmd_ext.decompose_batch(kernels, budget=0.3, sparse_coefficient=0.7)]
+
+    name = "decompose VGG-16, its 13 convolutions, budget .3, coefficient .7"
+    goal = Goal("D10", f"{name}: CPU seconds", 20.0, lambda row: row.ours.p50, at_most=True)
+    options = {"checked": False, "goals": (goal,), "unit": "cpu s", "clock": time.process_time}
+    return run.measure(Case(name, {"": fit}, lambda errors: 0.0 if max(errors) < 0.7 else 1.0, 0.0, {}, **options))
 
 
 def spatial_row(run: Run, folder: Path) -> Row:

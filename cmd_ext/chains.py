@@ -1,0 +1,270 @@
+"""Data-aware fits of one weight at many sizes: chains of fits that follow each other, several of them in step.
+
+The problem is that of data_aware.py without G: min tr(D H D^T), D = W - U V - S. Its ADMM with a constant penalty rho
+needs no eigenbasis of H: S = (W H - L H - Z + rho D) (H + rho)^-1 is one product with a matrix that all chains share,
+and S H follows from it without another. From one fit to the next go U, S, and as multipliers Z the gradient of the loss
+at the former, so that few sweeps suffice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .alternation import alternate
+from .metric import Metric
+from .projections import Fit, Sparse, leading_part, linear_index
+
+Point = tuple[int, int]  # rank, nnz
+# A chain's first fit: passes without data (more of them where more is kept), the penalties (for a unit diagonal of H),
+# the sweeps with each, the rounds of the alternation on the support and the steps of conjugate gradients in each. Then
+# the other fits: penalties with their sweeps and how many more for weak directions of H; steps. Passes and sweeps are
+# times n_iter.
+FIRST_PASSES, PENALTIES, FIRST_SWEEPS, FIRST_ROUNDS, FIRST_STEPS = (0.4, 1.0), (0.04, 0.1, 0.25, 0.6, 1.2), 0.3, 1, 6
+NEXT = (0.1, 0.0, 0.1), (0.25, 0.3, 0.2), (0.6, 0.15, 0.2)
+NEXT_STEPS = 3
+EASY, HARD = 0.1, 10.0  # the share of weak directions of H that asks for no more sweeps, and how many more above it
+SMALL, LARGE = 0.4, 3.0  # the same of the share that is kept
+FEW = 1 << 13  # entries up to which a selection in torch is cheaper than a call of the operator
+KEPT_BYTES = 4 << 20  # of matrices (H + rho)^-1
+
+
+@dataclass
+class Front:
+    """A fit of each of some chains [chains * groups, m, n], one below the other.
+
+    Attributes:
+        points: their sizes.
+        q: U, orthonormal, of the largest rank; the columns beyond a chain's own rank are 0.
+        low_h: L H.
+        d: S.
+        z: the multipliers; of a fit in the end the gradient (W - L - S) H.
+        v, v_h: V and V H of a fit in the end.
+    """
+
+    points: list[Point]
+    q: Tensor
+    low_h: Tensor
+    d: Tensor
+    z: Tensor
+    v: Tensor | None = None
+    v_h: Tensor | None = None
+
+
+class Chains:
+    """Blocks w [groups, m, n] of one weight in the units of a metric, whose H is full and whose G is not."""
+
+    def __init__(self, metric: Metric, w: Tensor, n_iter: int, generator: torch.Generator | None) -> None:
+        self.metric, self.w, self.n_iter, self.generator = metric, w, n_iter, generator
+        self.groups, self.effort = len(w), None
+        self.resolvents: dict[float, Tensor] = {}
+        self.w_h = self._times_h(w)
+
+    def walk(self, chains: Sequence[Sequence[Point]], longer: float = 1.0) -> Iterator[tuple[Point, Fit]]:
+        """The fits; `longer` times as many sweeps as usual. The ranks of a chain do not grow."""
+        front, self.longer = None, longer
+        for i in range(max(map(len, chains))):
+            if front is None:
+                front = self._first([chain[0] for chain in chains])
+                rounds, steps = FIRST_ROUNDS, FIRST_STEPS
+            else:
+                going = [c for c, chain in enumerate(chains) if len(chain) > i]
+                kept = [c for c, chain in enumerate(chains) if len(chain) >= i]
+                front = self._next(front, [kept.index(c) for c in going], [chains[c][i] for c in going])
+                rounds, steps = 1, NEXT_STEPS
+            found = self._settle(front, rounds, steps)
+            while found:
+                yield found.pop(0)
+
+    # The two kinds of start --------------------------------------------------------------------------------------
+
+    def _first(self, points: list[Point]) -> Front:
+        """From fits without data, with a penalty that grows."""
+        most = max(rank for rank, _ in points)
+        u, v = leading_part(self.w, most, self.generator) if most else (None, None)
+        fits = []
+        for rank, nnz in points:
+            start = (u[:, :, :rank], v[:, :rank]) if rank else None
+            kept = self._kept([(rank, nnz)])
+            passes = max(1, round(self.n_iter * min(max(2 * kept - 0.6, FIRST_PASSES[0]), FIRST_PASSES[1])))
+            fits.append(alternate(self.w, self.groups, rank, nnz, passes, 1e-5, self.generator, start))
+        q = self._padded([torch.linalg.qr(fit.u).Q for fit in fits])
+        low = torch.cat([torch.bmm(fit.u, fit.v) for fit in fits])
+        d = torch.cat([fit.sparse.to_dense(self.w.shape) for fit in fits])
+        front = Front(points, q, self._times_h(low), d, torch.zeros_like(d))
+        for rho in PENALTIES:
+            self._resolve(rho)
+            front = self._sweeps(front, max(1, self._count(FIRST_SWEEPS, FIRST_SWEEPS / 2, points)))
+        return front
+
+    def _next(self, front: Front, going: list[int], points: list[Point]) -> Front:
+        """From the fits of the chains that go on, with a constant penalty that lets the gradient compete with S."""
+        q, low_h, d, z = [], [], [], []
+        for c, (rank, _) in zip(going, points, strict=True):
+            own = slice(c * self.groups, (c + 1) * self.groups)
+            u, v, v_h = (t[own, ..., : front.points[c][0]] for t in (front.q, front.v.mT, front.v_h.mT))
+            if rank < u.shape[2]:  # the leading components under H
+                turn = torch.linalg.eigh(torch.bmm(v_h.mT, v)).eigenvectors[..., u.shape[2] - rank :]
+                u, v_h = torch.bmm(u, turn), torch.bmm(v_h, turn)
+            q.append(u)
+            low_h.append(torch.bmm(u, v_h.mT))
+            d.append(front.d[own])
+            z.append(front.z[own])
+        front = Front(points, self._padded(q), *map(torch.cat, (low_h, d, z)))
+        for rho, sweeps, more in NEXT:
+            if count := self._count(sweeps, more, points):
+                self._resolve(rho)
+                front = self._sweeps(front, count)
+        return front
+
+    def _padded(self, parts: list[Tensor]) -> Tensor:
+        most = max(part.shape[2] for part in parts)
+        return torch.cat([torch.nn.functional.pad(part, (0, most - part.shape[2])) for part in parts])
+
+    # The sweeps ---------------------------------------------------------------------------------------------------
+
+    def _sweeps(self, front: Front, count: int) -> Front:
+        q, low_h, d, rho = front.q, front.low_h, front.d, self.rho
+        chains, r = len(front.points), front.q.shape[2]
+        w, w_h, columns = self._each(self.w, chains), self._each(self.w_h, chains), self._columns(front)
+        e = front.z / rho
+        for _ in range(count):
+            near = d - e
+            s = self._product((w_h - low_h).add_(near, alpha=rho), self.resolvent)
+            if r:
+                a_h = torch.sub(s, near, out=near).mul_(rho).add_(low_h)  # (W - S) H
+                q = self._turned(a_h, w - s, q, columns)
+                low_h = torch.bmm(q, torch.bmm(q.mT, a_h))
+            free = s.add_(e)
+            d = self._largest(free, front.points)
+            e = free.sub_(d)
+        return replace(front, q=q, low_h=low_h, d=d, z=e.mul_(rho))
+
+    def _turned(self, a_h: Tensor, a: Tensor, q: Tensor, mask: Tensor | None) -> Tensor:
+        """One step of the subspace iteration for A H A^T."""
+        q = torch.linalg.qr(torch.bmm(a_h, torch.bmm(q.mT, a).mT)).Q
+        return q if mask is None else q.mul_(mask)
+
+    def _columns(self, front: Front) -> Tensor | None:
+        """[chains * groups, 1, r]: 1 for a chain's own columns of q; None where all have them all."""
+        ranks = [rank for rank, _ in front.points]
+        if min(ranks) == front.q.shape[2]:
+            return None
+        ranks = torch.tensor(ranks, device=front.q.device).repeat_interleave(self.groups)
+        columns = torch.arange(front.q.shape[2], device=front.q.device)
+        return (columns < ranks[:, None]).to(front.q.dtype)[:, None, :]
+
+    def _largest(self, x: Tensor, points: list[Point]) -> Tensor:
+        """x without all but the nnz largest entries of each chain (and their equals)."""
+        parts = x.view(len(points), 1, -1, x.shape[2])
+        if parts[0].numel() <= FEW:
+            size = x.abs().view(len(points), -1)
+            least = [part.kthvalue(len(part) + 1 - nnz).values for part, (_, nnz) in zip(size, points, strict=True)]
+        else:
+            least = [ops.topk_csr(part, nnz)[0].abs().amin() for part, (_, nnz) in zip(parts, points, strict=True)]
+        below = torch.stack(least)
+        below = torch.nextafter(below, torch.zeros_like(below)).tolist()
+        out = torch.empty_like(parts)
+        for part, to, bound in zip(parts, out, below, strict=True):
+            torch.hardshrink(part, bound, out=to)  # many times faster than a mask
+        return out.view_as(x)
+
+    def _resolve(self, rho: float) -> None:
+        """(H + rho)^-1 [groups, n, n]; of wide layers only the last one is kept."""
+        self.rho = rho
+        if rho not in self.resolvents:
+            if self.metric.h.numel() * self.metric.h.element_size() * (len(self.resolvents) + 1) > KEPT_BYTES:
+                self.resolvent = None
+                self.resolvents.clear()
+            self.resolvents[rho] = self.metric.resolvent(rho)
+        self.resolvent = self.resolvents[rho]
+        if self.effort is None:  # by the mean of rho / (lam + rho)
+            weak = rho * self.resolvent.diagonal(dim1=1, dim2=2).mean().item()
+            self.effort = HARD * max(0.0, weak - EASY)
+
+    def _kept(self, points: list[Point]) -> float:
+        """The share of the values, the mean of some points."""
+        kept = sum(rank * sum(self.w.shape[1:]) + nnz / self.groups for rank, nnz in points)
+        return kept / len(points) / self.w[0].numel()
+
+    def _count(self, share: float, more: float, points: list[Point]) -> int:
+        """Sweeps: more of them where H has weak directions and where much is kept."""
+        large = max(0.0, self._kept(points) - SMALL)
+        return round(self.longer * self.n_iter * (share + more * self.effort) * (1 + LARGE * large))
+
+    # The fit on the support -----------------------------------------------------------------------------------------
+
+    def _settle(self, front: Front, rounds: int, steps: int) -> list[tuple[Point, Fit]]:
+        """The least-squares fits of L and of the values of S on the support of d. The front becomes theirs."""
+        chains, n, tiny = len(front.points), self.w.shape[2], torch.finfo(self.w.dtype).tiny
+        eps = 10 * torch.finfo(self.w.dtype).eps
+        patterns, mask = [], torch.zeros_like(front.d)
+        for c, (part, (_, nnz)) in enumerate(zip(front.d.view(chains, 1, -1, n), front.points, strict=True)):
+            _, row_ptr, col_idx = ops.topk_csr(part, nnz)
+            index = linear_index(row_ptr, col_idx, n)
+            mask.view(chains, -1)[c, index] = 1.0
+            patterns.append((index, row_ptr, col_idx))
+        columns, q, s = self._columns(front), front.q, front.d * mask
+        front.d = front.z = front.low_h = None
+        rest = self._each(self.w, chains) - s
+        rest_h = self._each(self.w_h, chains) - self._times_h(s)
+        low = low_h = torch.zeros((), dtype=s.dtype, device=s.device)
+
+        def factor() -> tuple[Tensor, Tensor, Tensor]:
+            nonlocal rest, rest_h, low, low_h
+            a, a_h = rest + low, rest_h + low_h
+            u = self._turned(a_h, a, q, columns) if q.shape[2] else q
+            v, v_h = torch.bmm(u.mT, a), torch.bmm(u.mT, a_h)
+            low, low_h = torch.bmm(u, v), torch.bmm(u, v_h)
+            rest, rest_h = a.sub_(low), a_h.sub_(low_h)
+            return u, v, v_h
+
+        q, v, v_h = factor()
+        for _ in range(rounds):
+            left = rest_h * mask
+            p, norm = left.clone(), (left * left).sum(2, keepdim=True)
+            for _ in range(steps):
+                p_h = self._times_h(p)
+                curvature = (p * p_h).sum(2, keepdim=True)  # p is 0 off the support
+                flat = curvature <= eps * (p * p).sum(2, keepdim=True)  # where H is singular: nothing but rounding
+                alpha = torch.where(flat, 0.0, norm / torch.where(flat, 1.0, curvature))
+                s.addcmul_(alpha, p)
+                rest.addcmul_(alpha, p, value=-1)
+                rest_h.sub_(p_h.mul_(alpha))
+                left.sub_(p_h.mul_(mask))
+                before, norm = norm, (left * left).sum(2, keepdim=True)
+                p.mul_(norm / before.clamp_min(tiny)).add_(left)
+            if q.shape[2]:
+                q, v, v_h = factor()
+        fits = []
+        for c, (index, row_ptr, col_idx) in enumerate(patterns):
+            own, rank = slice(c * self.groups, (c + 1) * self.groups), front.points[c][0]
+            sparse = Sparse(s[own].reshape(-1)[index][None], row_ptr, col_idx)
+            fits.append((front.points[c], Fit(q[own, :, :rank], v[own, :rank], sparse, [])))
+        front.q, front.d, front.z, front.v, front.v_h = q, s, rest_h, v, v_h
+        return fits
+
+    # Products with matrices of the groups -----------------------------------------------------------------------------
+
+    def _each(self, x: Tensor, chains: int) -> Tensor:
+        return x if chains == 1 else x.expand(chains, *x.shape).reshape(-1, *x.shape[1:])
+
+    def _product(self, x: Tensor, matrix: Tensor) -> Tensor:
+        """x [chains * groups, m, n] times the matrix of its group."""
+        if self.groups == 1:
+            return torch.mm(x.view(-1, x.shape[2]), matrix[0]).view_as(x)
+        rows = x.view(-1, *self.w.shape).transpose(0, 1).reshape(self.groups, -1, x.shape[2])
+        moved = torch.bmm(rows, matrix).view(self.groups, -1, *self.w.shape[1:])
+        return moved.transpose(0, 1).reshape(x.shape)
+
+    def _times_h(self, x: Tensor) -> Tensor:
+        """x H in our units."""
+        metric = self.metric
+        chains = len(x) // self.groups
+        columns, ridge = self._each(metric.columns, chains), self._each(metric.ridge, chains)
+        x = x / columns
+        return self._product(x, metric.h).add_(x.mul_(ridge)).div_(columns)
