@@ -127,7 +127,7 @@ def compress(
         checkpoint: of "cmd": a SQLite file, a journal file (.log, .journal, .jsonl) or the URL of a database, for
             Optuna; the fits are kept beside it (for a URL in the user's cache folder). What was killed goes on where it
             was, several processes share the trials, another constraint starts with the fits.
-        sparse_coefficient: of "uniform"; 0.7 if None. "allocate" chooses it per layer.
+        sparse_coefficient: of "uniform"; 0.7 if None. The other searches choose it per layer.
         filter_fn: (name, module) -> compress this layer?
         overrides: name -> {"rank", "density"} or {"rank", "nnz"} or {"budget", "sparse_coefficient", "budget_unit"} or
             "dense"; beside these a "form", "channel" if there is none.

@@ -24,6 +24,7 @@ from . import distributed
 
 STARTUP = 8  # random trials before the estimator takes over, and before any is stopped early
 RACES = "already exists", "no such table", "UNIQUE constraint", "database is locked"
+WORST = 1e30
 PATIENCE = timedelta(hours=1)  # how long a trial of another host may run
 JOURNALS = (".log", ".journal", ".jsonl")
 
@@ -204,6 +205,7 @@ class Study:
         except BaseException:
             self._tell(number, state=states.FAIL)
             raise
+        loss = loss if loss < WORST else WORST  # NaN too, which Optuna takes for a failure
         trial.set_user_attr("result", result)
         self._tell(number, values=loss)
         return Trial(index, params, proposal, loss, result)

@@ -363,6 +363,14 @@ def test_an_error_in_a_trial_leaves_its_number_open(tmp_path):
     assert [(t.index, t.loss, t.result) for t in done] == [(0, 1.0, {"more": 2})]
 
 
+def test_a_loss_that_is_no_number_is_the_worst(tmp_path):
+    study = trials.Study(tmp_path / "t.db", "one", {"x": (0.0, 1.0)}, 0)
+    losses = iter([float("nan"), 1.0, float("inf")])
+    done = study.run(3, lambda i, _: (study.suggest(i), {}), lambda *_: (next(losses), {}), lambda _: None)
+    assert [trial.loss for trial in done] == [trials.WORST, 1.0, trials.WORST]
+    assert search.best_of(done).index == 1
+
+
 def test_optuna_keeps_its_own_verbosity(tmp_path):
     before = optuna.logging.get_verbosity()
     study = trials.Study(None, "one", {"x": (0.0, 1.0)}, 0)
