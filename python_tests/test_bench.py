@@ -10,17 +10,25 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 import cmd_ext
 from cmd_ext import _C, ops
 from cmd_ext.bench import __main__ as command
-from cmd_ext.bench import machine, network, report, timing
+from cmd_ext.bench import latency, machine, network, report, timing
 from cmd_ext.bench.shapes import Conv, Matrix, networks, parse, vgg16
 from cmd_ext.bench.timing import Case, Goal, Mismatch, Row, Run, Times
 
 ROOT = Path(__file__).parent.parent
 CONV, MATRIX = "N2:8->8@5", "N3:16x24"
-SHAPES = {"conv": CONV, "backward": CONV, "dispatch": f"{CONV},{MATRIX}", "model": f"{CONV},{MATRIX}", "network": None}
+SHAPES = {
+    "conv": CONV,
+    "backward": CONV,
+    "dispatch": f"{CONV},{MATRIX}",
+    "model": f"{CONV},{MATRIX}",
+    "network": None,
+    "latency": None,
+}
 # Where a wrong result is planted for each group.
 CULPRITS = {
     "svd": (ops, "truncated_svd"),
@@ -30,6 +38,7 @@ CULPRITS = {
     "backward": (cmd_ext.CMDConv2d, "forward"),
     "decompose": (cmd_ext, "decompose"),
     "network": (cmd_ext.CMDConv2d, "forward"),
+    "latency": (cmd_ext.CMDConv2d, "forward"),
     "dispatch": (cmd_ext.CMDLinear, "forward"),
     "model": (cmd_ext.CMDLinear, "forward"),
 }
@@ -39,6 +48,10 @@ CULPRITS = {
 def small_network(monkeypatch):
     monkeypatch.setattr(network, "SIDE", 32)
     monkeypatch.setattr(network, "vgg16", lambda side: vgg16(width=8, side=side, classes=10))
+    sizes = (3, 64), (64, 256), (256, 64)  # of which the kernels make less than the dense time on any machine
+    build = lambda: nn.Sequential(*(nn.Conv2d(*pair, 3, padding=1) for pair in sizes))  # noqa: E731
+    monkeypatch.setattr(latency, "NETWORKS", {"small": (build, 16)})
+    monkeypatch.setattr(latency, "SHARE", 0.9)
 
 
 def arguments(group: str, *more: str) -> list[str]:
@@ -388,3 +401,16 @@ def test_a_total_takes_the_best_rival_of_each_layer():
     assert row.over("dense") == 29 / 5
     assert row.rivals["dense NCHW"].p50 == 3 * 8 + 9
     assert "dense packed" not in row.rivals
+
+
+def test_a_row_of_latency_tells_target_and_measurement(monkeypatch, small_network):
+    row = latency.latency_row(Run(seconds=0.1), "small")
+    assert row.name == "small, batch 8, latency=90%"
+    assert re.match(
+        r"target [\d.]+ ms, predicted [\d.]+ ms, measured .* layers compressed, 0 slower than dense", row.note
+    )
+    far, slower = row.reached()
+    assert far["reached"] == pytest.approx(abs(row.ours.p50 / (0.9 * row.theirs) - 1))
+    assert slower["reached"] == 0
+    monkeypatch.setattr(latency, "SHARE", 0.01)
+    assert "cannot be met" in latency.latency_row(Run(), "small").note

@@ -18,6 +18,7 @@ from cmd_ext.bench import report
 from cmd_ext.bench.conv import bench_backward, bench_conv
 from cmd_ext.bench.decompose import bench_decompose
 from cmd_ext.bench.dispatch import bench_dispatch
+from cmd_ext.bench.latency import bench_latency
 from cmd_ext.bench.linear import bench_linear
 from cmd_ext.bench.machine import machine
 from cmd_ext.bench.matrix import bench_svd, bench_topk
@@ -47,6 +48,7 @@ GROUPS = {
     "backward": Group(bench_backward, "gradients of CMDConv2d", (Conv,)),
     "decompose": Group(bench_decompose, "decompose and decompose_path, in CPU seconds", (Matrix,), WIDE),
     "network": Group(bench_network, "VGG-16 as a whole; with CMD_EXT_DATA the accuracy of ResNet-56", (), WIDE[:1]),
+    "latency": Group(bench_latency, "ResNet-56 and ResNet-18 compressed to 40 % of their measured time", (), WIDE[:1]),
     "model": Group(bench_model, "predicted and measured milliseconds of held-out layers", (Conv, Matrix), WIDE[:1]),
     "dispatch": Group(bench_dispatch, "backend auto beside the dense twin, every layer (long)", (Conv, Matrix)),
 }

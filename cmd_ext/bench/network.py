@@ -125,6 +125,7 @@ def resnet56_rows(folder: Path) -> Iterator[Row]:
         constraints={"params": "50%"},
         calibration=calibration,
         evaluate=evaluate,
+        search="allocate",
     )
     print(result.stats)
     before, after = result.stats.score
