@@ -279,12 +279,16 @@ def _exact_curve(layer: Layer, table: Table) -> list[Candidate]:
 
 
 def _undominated(candidates: list[Candidate]) -> list[Candidate]:
-    """Without those that another one undercuts, or equals earlier, in error and every cost."""
+    """The first one, dense, and those that no other one undercuts, or equals earlier, in error and every cost.
+
+    A layer that sees few directions has fits without an error; dense remains a choice beside them.
+    """
     values = np.array([[c.error, *c.costs.values()] for c in candidates])
     no_worse = (values[:, None] <= values[None]).all(2)  # [i, j]: i is no worse than j
     equal = no_worse & no_worse.T
     beats = no_worse & (~equal | np.triu(np.ones_like(equal), 1))
-    return [c for c, beaten in zip(candidates, beats.any(0), strict=True) if not beaten]
+    beaten = beats.any(0)
+    return [c for i, c in enumerate(candidates) if i == 0 or not beaten[i]]
 
 
 def _measured(layer: Layer, points: Grid, fits: dict[Point, Decomposition], meter: _Meter) -> list[tuple[float, float]]:
