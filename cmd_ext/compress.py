@@ -318,24 +318,26 @@ class _Job:
         corrected.curves = outcome.correction.apply(plain.curves)
         found = [(*self.solve(candidate), candidate) for candidate in (corrected, plain)]
         kind = next(iter(limits))
-        values = [distributed.first_rank_does(partial(self._badness, network, kind)) for network, *_ in found]
-        _log.info("compress: calibration loss %.4f with the search, %.4f without", values[0][-1], values[1][-1])
+        values = [self._badness(network, kind) for network, *_ in found]
+        _log.info("compress: loss %.4f with the search, %.4f without", values[0][-1], values[1][-1])
         network, probes, final = found[0 if values[0] <= values[1] else 1]
         if self.sequential is None and network.plan.data_aware and network.plan.layers and goal.score_drop is None:
             network = self.refitted(network)
         return outcome, network, probes, final
 
     def _badness(self, network: Network, kind: str) -> tuple[bool, float, float]:
-        """Whether it misses a latency, its cost where that is what is sought, and its calibration loss."""
+        """Whether it misses a latency, its cost where that is what is sought, and its loss."""
         missed = network.latency is not None and not network.latency["met"]
         size = 0.0
         if self.goal.score_drop is not None:
             size = sum(candidate.costs[kind] for candidate in network.choice.values())
-        return missed, size, self._loss(network.model)
+        return missed, size, network.distance
 
-    def _loss(self, model: nn.Module) -> float:
-        """How far the outputs on the calibration data are from the dense network's."""
-        return distance(self.reference, outputs(model, self.batches))
+    def _distance(self, model: nn.Module) -> float:
+        """What trials minimise, on all calibration data; 0 where there are none."""
+        if self.tables is None:
+            return 0.0
+        return distributed.first_rank_does(lambda: distance(self.reference, outputs(model, self.batches)))
 
     def solve(self, problem: Problem) -> tuple[Network, list[dict]]:
         """The network that meets the goal, and what a search for a score tried."""
@@ -364,21 +366,21 @@ class _Job:
         """The network of a plan."""
         fitted_to = self.batches if self.data_aware else []
         model, fits = fit_plan(copy.deepcopy(self.dense), plan, fitted_to, self.memory, self.seed, self.progress)
-        losses = None
+        losses, distances = None, [self._distance(model)]
         if self.batches:
             losses = distributed.first_rank_does(lambda: recalibrate_if_better(model, self.batches, self.reference))
+            distances.append(self._distance(model))
         if distributed.world_size() > 1:
             distributed.copy_from_first_rank(model)
-        return Network(model, plan, choice, fits, losses)
+        return Network(model, plan, choice, fits, losses, distance=min(distances))
 
     def refitted(self, network: Network) -> Network:
         """The same sizes fitted sequentially, if that is better."""
         plan = replace(network.plan, sequential=math.ceil(len(network.plan.layers) / PASSES))
         other = self.fitted(plan, network.choice)
         other.profiles, other.latency = network.profiles, network.latency
-        values = [distributed.first_rank_does(partial(self._loss, n.model)) for n in (network, other)]
-        _log.info("compress: calibration loss %.4f fitted in parallel, %.4f sequentially", *values)
-        return other if values[1] < values[0] else network
+        _log.info("compress: loss %.4f fitted in parallel, %.4f sequentially", network.distance, other.distance)
+        return other if other.distance < network.distance else network
 
     def stats(self, network: Network, probes: list[dict]) -> Stats:
         scores = (None, None)

@@ -54,6 +54,7 @@ class Network:
     Attributes:
         profiles: (dense, compressed), measured together; None where nobody measured yet.
         latency: "target", "predicted", "measured" and "dense" milliseconds, whether it was "met", "networks" timed.
+        distance: of its outputs on the calibration data from the dense network's, with recalibration or without.
     """
 
     model: nn.Module
@@ -64,6 +65,7 @@ class Network:
     profiles: tuple[Profile, Profile] | None = None
     latency: dict | None = None
     score: float | None = None
+    distance: float = 0.0
 
 
 def goal_of(constraints: dict[str, str | float], dense: Profile) -> Goal:
