@@ -122,7 +122,7 @@ def compress(
             needs Optuna and calibration data; without them it is "allocate", which the log tells. "allocate":
             per-layer error curves, with calibration data those of the fits to them, and least predicted loss.
             "uniform": one budget for all layers; a share of their bytes where "bytes" is the only constraint, of their
-            parameters otherwise. "cmd" keeps the network of "allocate" where its calibration loss is no larger.
+            parameters otherwise. "cmd" returns the network of "allocate" where that has the smaller loss.
         n_trials: of "cmd".
         checkpoint: of "cmd": a SQLite file, a journal file (.log, .journal, .jsonl) or the URL of a database, for
             Optuna; the fits are kept beside it (for a URL in the user's cache folder). What was killed goes on where it
@@ -143,7 +143,7 @@ def compress(
             dense network, which mends a part of their error. It is the number of layers that share a pass over the
             calibration data through both networks: 1 is best and slowest; 4 takes a quarter of the passes; 0 is no such
             fit. None: 0, but "cmd" refits its network in about a dozen passes, unless a score_drop is sought, and keeps
-            what has the smaller calibration loss.
+            what has the smaller loss.
         memory: bytes of second moments that the error curves and the final fit hold at once.
         seed: of the random choices, such as the rows of calibration images; the result is reproducible.
         progress: show a bar (with tqdm) or lines.
