@@ -27,7 +27,7 @@ def _load_ops() -> None:
 _load_ops()
 
 from .allocation import UnsatisfiableError  # noqa: E402
-from .calibrate import recalibrate_batchnorm  # noqa: E402
+from .batchnorm import recalibrate_batchnorm  # noqa: E402
 from .compress import Plan, apply_plan, compress, to_dense  # noqa: E402
 from .cost import profile  # noqa: E402
 from .decompose import Decomposition, decompose, decompose_batch  # noqa: E402

@@ -1,4 +1,4 @@
-"""What a few batches of data tell about a model: its loss, its distance from another, its batch-norm statistics."""
+"""What a few batches of data tell about a model: its loss, and its distance from another."""
 
 from __future__ import annotations
 
@@ -92,16 +92,31 @@ def divergence(reference: list[Tensor], got: list[Tensor]) -> float:
 
 def loss(model: nn.Module, batches: list[Batch], reference: list[Tensor]) -> float:
     """Cross entropy where every batch has class targets, else the divergence from the reference outputs."""
-    got = outputs(model, batches)
+    return loss_of(outputs(model, batches), batches, reference)
+
+
+def loss_of(got: list[Tensor], batches: list[Batch], reference: list[Tensor]) -> float:
+    """loss, of outputs."""
+    targets = class_targets(batches, got)
+    if targets is None:
+        return divergence(reference, got)
+    total = sum(
+        F.cross_entropy(o.float(), t.to(o.device), reduction="sum").item() for o, t in zip(got, targets, strict=True)
+    )
+    return total / sum(len(t) for t in targets)
+
+
+def class_targets(batches: list[Batch], got: list[Tensor]) -> list[Tensor] | None:
+    """The targets of the batches where all are classes and the outputs logits of classes."""
     targets = [target for _, target in batches]
-    classes = all(t is not None and t.dim() == 1 and not t.is_floating_point() for t in targets)
-    if classes and got[0].dim() == 2:
-        total = sum(
-            F.cross_entropy(o.float(), t.to(o.device), reduction="sum").item()
-            for o, t in zip(got, targets, strict=True)
-        )
-        return total / sum(len(t) for t in targets)
-    return divergence(reference, got)
+    classes = all(isinstance(t, Tensor) and t.dim() == 1 and not t.is_floating_point() for t in targets)
+    return targets if classes and got[0].dim() == 2 else None
+
+
+def share_right(got: list[Tensor], targets: list[Tensor]) -> float:
+    """Top-1 accuracy of outputs."""
+    right = sum((o.argmax(1) == y.to(o.device)).sum().item() for o, y in zip(got, targets, strict=True))
+    return right / sum(len(y) for y in targets)
 
 
 def accuracy(model: nn.Module, loader: Iterable) -> float:
@@ -114,66 +129,3 @@ def accuracy(model: nn.Module, loader: Iterable) -> float:
     if not total:
         raise ValueError("accuracy: want batches of (inputs, targets), got an empty loader")
     return right / total
-
-
-def recalibrate_batchnorm(model: nn.Module, loader: Iterable, n_batches: int | None = None) -> nn.Module:
-    """Estimates the running statistics of every batch norm anew, as the plain average over batches.
-
-    A compressed layer shifts the statistics of what it feeds. Only batch norms run in training mode meanwhile; modes
-    and momenta are restored. It can hurt where the data is unlike the training data (augmentation, few images), so
-    `compress` keeps it only where the calibration loss falls.
-
-    Args:
-        model: changed in place.
-        loader: iterable of inputs or (inputs, targets).
-        n_batches: at most this many batches; all if None.
-
-    Returns:
-        model.
-
-    Raises:
-        ValueError: no batch.
-    """
-    norms = batch_norms(model)
-    batches = batches_of(loader, n_batches)
-    if not norms:
-        return model
-    modes = {module: module.training for module in model.modules()}
-    momenta = {norm: norm.momentum for norm in norms}
-    model.eval()
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # cumulative average
-        norm.train()
-    try:
-        with torch.no_grad():
-            for inputs, _ in batches:
-                call(model, to_device(inputs, device_of(model)))
-    finally:
-        for module, training in modes.items():
-            module.training = training
-        for norm, momentum in momenta.items():
-            norm.momentum = momentum
-    return model
-
-
-def recalibrate_if_better(
-    model: nn.Module, batches: list[Batch], reference: list[Tensor]
-) -> tuple[float, float] | None:
-    """recalibrate_batchnorm, undone unless the loss on the batches falls. Returns the loss (before, after)."""
-    norms = batch_norms(model)
-    if not norms:
-        return None
-    saved = [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers(recurse=False)]
-    before = loss(model, batches, reference)
-    recalibrate_batchnorm(model, batches)
-    after = loss(model, batches, reference)
-    if not after < before:
-        for buffer, old in saved:
-            buffer.copy_(old)
-    return before, after
-
-
-def batch_norms(model: nn.Module) -> list[nn.Module]:
-    """The batch norms that have running statistics."""
-    return [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]

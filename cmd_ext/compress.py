@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from . import curves, distributed, fingerprints, forms, report, targets, trials
 from .allocation import Candidate, Choice, Layer, check_reachable, front, unsatisfiable
-from .calibrate import Batch, batches_of, outputs, recalibrate_if_better
+from .batchnorm import Norms, recalibrate_if_better
+from .calibrate import Batch, batches_of, outputs
 from .candidates import MIN_SIZE, candidates
 from .cost import CMD_LAYERS, Profile, profile_together
 from .modules import replace as put_in_place
@@ -258,6 +259,11 @@ class _Job:
                 distributed.all_ranks_say(fingerprints.of_data(self.batches))
             )
 
+    @cached_property
+    def norms(self) -> Norms:
+        """The dense network's, on the data of the first rank."""
+        return distributed.first_rank_does(lambda: Norms.suited(self.dense, self.batches, self.reference))
+
     def facts(self, round_to: int) -> tuple:
         """What decomposition tables follow from."""
         return *self.fingerprints.values(), self.data_aware, round_to, self.memory, self.seed
@@ -301,7 +307,7 @@ class _Job:
         self, problem: Problem, n_trials: int, checkpoint: str | os.PathLike | None
     ) -> tuple[Outcome, Network, list[dict], Problem]:
         """The search, and the better one of the networks with and without its corrections."""
-        assembly = Assembly(self.dense, problem.layers, self.tables, self.batches, self.reference)
+        assembly = Assembly(self.dense, problem.layers, self.tables, self.batches, self.reference, self.norms)
         goal = self.goal
         limits = goal.limits or distributed.first_rank_does(
             lambda: start_limits(problem, assembly, self.score, self.dense_score - goal.score_drop)
@@ -366,13 +372,13 @@ class _Job:
         """The network of a plan."""
         fitted_to = self.batches if self.data_aware else []
         model, fits = fit_plan(copy.deepcopy(self.dense), plan, fitted_to, self.memory, self.seed, self.progress)
-        losses, distances = None, [self._distance(model)]
+        losses = None
         if self.batches:
-            losses = distributed.first_rank_does(lambda: recalibrate_if_better(model, self.batches, self.reference))
-            distances.append(self._distance(model))
+            with_norms = self.batches, self.reference, self.norms
+            losses = distributed.first_rank_does(lambda: recalibrate_if_better(model, *with_norms))
         if distributed.world_size() > 1:
             distributed.copy_from_first_rank(model)
-        return Network(model, plan, choice, fits, losses, distance=min(distances))
+        return Network(model, plan, choice, fits, losses, distance=self._distance(model))
 
     def refitted(self, network: Network) -> Network:
         """The same sizes fitted sequentially, if that is better."""

@@ -23,7 +23,7 @@ from .allocation import Candidate, Layer
 from .calibrate import Batch, divergence, outputs
 from .cost import kept_parameters
 from .decompose import Decomposition
-from .moments import MAX_FEATURES, output_error, row_gains, second_moments
+from .moments import MAX_FEATURES, output_error, row_energies, row_gains, second_moments
 from .path import Point, decompose_path_batch
 from .refit import MEMORY, memory_groups
 from .tables import Table, Tables
@@ -194,9 +194,10 @@ def _aware_curves(
             meter.fit_seconds + time.process_time() - start,
         )
         for layer, path in zip(group, paths, strict=True):
+            how = moments[layer.name], layer.groups
+            energies = row_energies(layer.weight, *how)
             for fit in path:  # as fit_layers does in the end
-                how = moments[layer.name], layer.groups
-                fit.scale_rows(row_gains(layer.weight, fit.to_dense(), *how))
+                fit.scale_rows(row_gains(energies, fit.to_dense(), *how))
                 fit.output_error = output_error(layer.weight, fit.to_dense(), *how)
             losses = _measured(layer, points, dict(zip(sizes, path, strict=True)), meter)
             if tables is not None:

@@ -79,12 +79,12 @@ class Paired:
     Attributes:
         moment: H = E[x x^T], as second_moments returns it.
         cross: C = E[y x^T] in the same form.
-        energy: E ||W y||^2 of the dense layer's outputs without the bias.
+        energies: E (W y)^2 of each output [m] of the dense layer, without the bias.
     """
 
     moment: Tensor
     cross: Tensor
-    energy: float
+    energies: Tensor
 
     def target(self, weight: Tensor, groups: int, damping: float = 0.01) -> Tensor:
         """The weight that makes the best of x: W' = W (C + d I) (H + d I)^-1, with d = damping * mean(diag H).
@@ -110,8 +110,9 @@ class Paired:
             return output_error(self.target(weight, groups), approximation, self.moment, groups)
         w, a = (t.detach().double().reshape(groups, len(weight) // groups, -1) for t in (weight, approximation))
         h, c = (t.double().view(groups, *t.shape[-2:]) for t in (self.moment, self.cross))
-        left = self.energy + ((torch.bmm(a, h) - 2 * torch.bmm(w, c)) * a).sum().item()
-        return math.sqrt(max(0.0, left) / self.energy) if self.energy > 0 else 0.0 if left <= 0 else math.inf
+        whole = self.energies.sum().item()
+        left = whole + ((torch.bmm(a, h) - 2 * torch.bmm(w, c)) * a).sum().item()
+        return math.sqrt(max(0.0, left) / whole) if whole > 0 else 0.0 if left <= 0 else math.inf
 
 
 def paired_moments(
@@ -143,7 +144,7 @@ def paired_moments(
     layers = {name: Moment(name, module, positions, max_features, seed, twins[name].weight) for name, module in chosen}
     most = sum(calls.values()) if all(calls.values()) else 0
     filled = _filled(layers, model, batches, dense, most)
-    return {moment.name: Paired(moment.result(), moment.result("cross"), moment.mean_energy()) for moment in filled}
+    return {moment.name: Paired(moment.result(), moment.result("cross"), moment.mean_energies()) for moment in filled}
 
 
 def moment_bytes(module: nn.Module, max_features: int = MAX_FEATURES) -> int:
@@ -182,24 +183,27 @@ def output_error(weight: Tensor, approximation: Tensor, moment: Tensor, groups: 
     return math.sqrt(left / whole) if whole > 0 else 0.0 if left == 0 else math.inf
 
 
-def row_gains(weight: Tensor, approximation: Tensor, moment: Tensor, groups: int = 1) -> Tensor:
-    """sqrt(W H W^T / A H A^T) of each row [m]: factors that give the outputs of A the energy that those of W have.
-
-    Args:
-        weight, approximation, moment, groups: as of output_error; A is the approximation.
-
-    Returns:
-        Factors between 1 / 1.5 and 1.5; 1 for rows without outputs.
-    """
+def row_energies(weight: Tensor, moment: Tensor, groups: int = 1) -> Tensor:
+    """E (W x)^2 of each output [m]: the diagonal of W H W^T, in float64; arguments as of output_error."""
     wide = torch.promote_types(moment.dtype, torch.promote_types(weight.dtype, torch.float32))
     full = is_full(moment, groups)
     h = moment.to(wide).reshape(groups, -1 if full else 1, weight[0].numel())
+    w = weight.detach().to(moment.device, wide).reshape(groups, len(weight) // groups, -1)
+    return ((torch.bmm(w, h) if full else w * h) * w).sum(2, dtype=torch.float64).flatten().clamp_min(0)
 
-    def energies(a: Tensor) -> Tensor:
-        a = a.detach().to(moment.device, wide).reshape(groups, len(weight) // groups, -1)
-        return ((torch.bmm(a, h) if full else a * h) * a).sum(2, dtype=torch.float64).flatten().clamp_min(0)
 
-    wanted, ours = energies(weight), energies(approximation)
+def row_gains(energies: Tensor, approximation: Tensor, moment: Tensor, groups: int = 1) -> Tensor:
+    """Factors [m] that give the outputs of an approximation the energy that those of the dense layer have.
+
+    Args:
+        energies: E (W x)^2 of the dense layer's outputs [m], as row_energies has them.
+        approximation, moment, groups: as of output_error.
+
+    Returns:
+        sqrt(energies / E (A x)^2), between 1 / 1.5 and 1.5; 1 for rows without outputs.
+    """
+    ours = row_energies(approximation, moment, groups)
+    wanted = energies.to(ours)
     ratio = torch.where((wanted > 0) & (ours > 0), wanted / ours.clamp_min(torch.finfo(ours.dtype).tiny), 1.0)
     return ratio.sqrt().clamp(1 / 1.5, 1.5)
 

@@ -22,6 +22,7 @@ from .moments import (
     moment_bytes,
     output_error,
     paired_moments,
+    row_energies,
     row_gains,
     second_moments,
 )
@@ -161,6 +162,10 @@ class _Known:
         """What a fit should come near to."""
         return self.paired.target(weight, self.groups) if self.paired else weight
 
+    def energies(self, weight: Tensor) -> Tensor:
+        """Of the dense layer's outputs."""
+        return self.paired.energies if self.paired else row_energies(weight, self.h, self.groups)
+
     def error(self, weight: Tensor, fit: Decomposition) -> float:
         if self.paired:
             return self.paired.output_error(weight, fit.to_dense(), self.groups)
@@ -174,11 +179,10 @@ def _better(weight: Tensor, plain: Decomposition, by_data: Decomposition | None,
     if by_data is not None:
         other = known.error(weight, by_data)
         if other < error:
-            if known.paired is None:
-                # A least-squares fit shrinks the outputs, E |A x|^2 = (1 - error^2) E |W x|^2, layer after layer, but
-                # batch norms have the statistics of the dense network. Sequential fits mend that by themselves.
-                by_data.scale_rows(row_gains(weight, by_data.to_dense(), known.h, known.groups))
-                other = known.error(weight, by_data)
+            # A least-squares fit shrinks the outputs, E |A x|^2 = (1 - error^2) E |W x|^2, layer after layer, but batch
+            # norms have the statistics of the dense network.
+            by_data.scale_rows(row_gains(known.energies(weight), by_data.to_dense(), known.h, known.groups))
+            other = known.error(weight, by_data)
             return Fit(by_data, other, True)
     return Fit(plain, error)
 

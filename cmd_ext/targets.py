@@ -54,7 +54,7 @@ class Network:
     Attributes:
         profiles: (dense, compressed), measured together; None where nobody measured yet.
         latency: "target", "predicted", "measured" and "dense" milliseconds, whether it was "met", "networks" timed.
-        distance: of its outputs on the calibration data from the dense network's, with recalibration or without.
+        distance: of its outputs on the calibration data from the dense network's.
     """
 
     model: nn.Module

@@ -8,9 +8,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from .calibrate import Batch, batches_of, loss, outputs, recalibrate_batchnorm, recalibrate_if_better
+from .batchnorm import Norms, recalibrate, recalibrate_if_better
+from .calibrate import Batch, batches_of, loss, outputs
 from .candidates import candidates
 from .compress import SEARCHES, compress
 from .cost import kept_parameters
@@ -168,7 +169,7 @@ def budget_trial(
     total_seconds = time.process_time() - start
     compressed = apply_fits(compressed, fits)
     score = final = evaluate(compressed)
-    losses, kept = _recalibrate(compressed, batches, reference, recalibrate)
+    losses, kept = _recalibrated(compressed, model, batches, reference, recalibrate)
     if kept:
         final = evaluate(compressed)
     return Trial(
@@ -195,13 +196,16 @@ def _values(model: nn.Module, plan: Plan, inputs: object, budget: float) -> tupl
     return kept, whole
 
 
-def _recalibrate(model, batches, reference, how: str) -> tuple[tuple[float, float] | None, bool]:
+def _recalibrated(
+    compressed: nn.Module, model: nn.Module, batches: list[Batch], reference: list[Tensor], how: str
+) -> tuple[tuple[float, float] | None, bool]:
     """Calibration loss (before, after) and whether the recalibration was kept."""
     if how == "never":
         return None, False
+    norms = Norms.suited(model, batches, reference)
     if how == "auto":
-        losses = recalibrate_if_better(model, batches, reference)
+        losses = recalibrate_if_better(compressed, batches, reference, norms)
         return losses, losses is not None and losses[1] < losses[0]
-    before = loss(model, batches, reference)
-    recalibrate_batchnorm(model, batches)
-    return (before, loss(model, batches, reference)), True
+    before = loss(compressed, batches, reference)
+    recalibrate(compressed, batches, norms)
+    return (before, loss(compressed, batches, reference)), True

@@ -21,7 +21,7 @@ _log = distributed.logger(__name__)
 
 
 class Moment:
-    """The sum of x x^T over the rows x of a layer's inputs; with a twin's weight W and rows y, of y x^T and |W y|^2."""
+    """The sum of x x^T over the rows x of a layer's inputs; with a twin's weight W and rows y, of y x^T and (W y)^2."""
 
     def __init__(
         self, name: str, module: nn.Module, positions: int, max_features: int, seed: int, twin: Tensor | None = None
@@ -29,7 +29,7 @@ class Moment:
         self.name, self.module, self.positions = name, module, positions
         self.groups, self.features = sizes(module)
         self.full = fits(self.groups, self.features, max_features)
-        self.sum = self.cross = self.energy = None
+        self.sum = self.cross = self.energies = None
         self.twin = None if twin is None else _as_rows(twin.detach(), module)
         self.rows, self.first_call = 0, None
         self.generator = torch.Generator().manual_seed(seed ^ zlib.crc32(name.encode()))
@@ -81,7 +81,7 @@ class Moment:
         self._begin(rows.device)
         if others is not None:
             self.cross += torch.bmm(others.mT, rows) if self.full else (others * rows).sum(1)
-            self.energy += torch.bmm(others, self.twin.to(others).mT).square().sum()
+            self.energies += torch.bmm(others, self.twin.to(others).mT).square().sum(1).flatten()
         if not self.full:
             self.sum += rows.square().sum(1)
             return
@@ -94,7 +94,7 @@ class Moment:
             self.sum = self._zeros(device)
             if self.twin is not None:
                 self.cross = self._zeros(device)
-                self.energy = torch.zeros((), dtype=torch.float64, device=device)
+                self.energies = torch.zeros(self.twin.shape[:2].numel(), dtype=torch.float64, device=device)
 
     def _zeros(self, device: torch.device) -> Tensor:
         sizes = (self.groups, self.features, self.features)[: 2 + self.full]
@@ -108,15 +108,15 @@ class Moment:
         far = self.first_call is None
         facts = torch.tensor([self.rows], dtype=torch.int64, device=device)
         dist.all_reduce(facts)
-        for total in (self.sum, self.cross, self.energy):
+        for total in (self.sum, self.cross, self.energies):
             if total is not None:
                 dist.all_reduce(total)
         order = torch.tensor([torch.iinfo(torch.int64).max if far else self.first_call], device=device)
         dist.all_reduce(order, dist.ReduceOp.MIN)
         self.rows, self.first_call = int(facts), int(order)
 
-    def mean_energy(self) -> float:
-        return float(self.energy) / self.rows
+    def mean_energies(self) -> Tensor:
+        return self.energies / self.rows
 
     def result(self, which: str = "sum") -> Tensor:
         """The mean of a sum, which is given away."""

@@ -12,7 +12,8 @@ from torch import nn
 import cmd_ext
 from cmd_ext import CMDConv2d, CMDLinear, Plan, UnsatisfiableError, data, models
 from cmd_ext.allocation import Candidate, Layer, allocate, total_costs, uniform
-from cmd_ext.calibrate import accuracy, recalibrate_if_better
+from cmd_ext.batchnorm import Norms, recalibrate_if_better
+from cmd_ext.calibrate import accuracy
 
 
 class Net(nn.Module):
@@ -198,9 +199,9 @@ def test_batchnorm_recalibration_heals_spoilt_statistics():
         model[1].weight *= 10
         cmd_ext.recalibrate_batchnorm(model, [x])
         batches, reference = [(x, model(x).argmax(1))], [model(x)]
-    healthy = model[0].running_mean.clone()
+    dense, healthy = Norms.of(model, batches), model[0].running_mean.clone()
     model[0].running_mean += 3
-    before, after = recalibrate_if_better(model, batches, reference)
+    before, after = recalibrate_if_better(model, batches, reference, dense)
     assert after < before
     torch.testing.assert_close(model[0].running_mean, healthy)
 
@@ -212,7 +213,7 @@ def test_batchnorm_recalibration_that_hurts_is_undone():
         model[0].running_mean += 3  # the statistics that the targets belong to
         batches, reference = [(x, model(x).argmax(1))], [model(x)]
     state = {name: value.clone() for name, value in model.state_dict().items()}
-    before, after = recalibrate_if_better(model, batches, reference)
+    before, after = recalibrate_if_better(model, batches, reference, Norms.of(model, batches))
     assert after > before
     assert all(torch.equal(state[name], value) for name, value in model.state_dict().items())
 

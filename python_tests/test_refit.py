@@ -16,7 +16,7 @@ from torch import nn
 import cmd_ext
 from cmd_ext import CMDConv2d, Plan, data, models, refit, second_moments, uniform
 from cmd_ext.calibrate import accuracy, batches_of
-from cmd_ext.moments import output_error, row_gains
+from cmd_ext.moments import output_error, paired_moments, row_energies, row_gains
 from cmd_ext.refit import fit_layers
 
 SIZES = {"first": (16, 144), "second": (16, 144), "grouped": (32, 72), "head": (64, 32)}
@@ -63,22 +63,37 @@ def test_fits_to_data_keep_the_energy_of_the_outputs(net, monkeypatch):
     batches = batches_of(smooth_images())
     x = [inputs for inputs, _ in batches]
     scaled = fit_layers(net, plan_of().layers, batches)
-    monkeypatch.setattr(refit, "row_gains", lambda weight, *_: torch.ones(len(weight)))
+    monkeypatch.setattr(refit, "row_gains", lambda energies, *_: torch.ones_like(energies))
     plain = fit_layers(net, plan_of().layers, batches)
     for name, fit in scaled.items():
         module = net.get_submodule(name)
         h, groups = second_moments(net, x, [name])[name], getattr(module, "groups", 1)
         a, b, w = fit.decomposition.to_dense(), plain[name].decomposition.to_dense(), module.weight.detach()
-        gains = row_gains(w, b, h, groups)
+        energies = row_energies(w, h, groups)
+        gains = row_gains(energies, b, h, groups)
         torch.testing.assert_close(a, b * gains[:, None].to(b))
         some = (gains - 1).abs() < 0.2  # others lose digits, or are at the limit
         assert some.sum() > len(w) / 2
-        assert (row_gains(w, a, h, groups)[some] - 1).abs().max() < 1e-3
+        assert (row_gains(energies, a, h, groups)[some] - 1).abs().max() < 1e-3
         assert gains.mean() > 1.001
         assert fit.output_error < 1.1 * plain[name].output_error + 1e-4, name
-    dead = row_gains(w, torch.zeros_like(w), h)
+    dead = row_gains(energies, torch.zeros_like(w), h)
     assert torch.equal(dead, torch.ones_like(dead))
-    assert row_gains(w, 0.1 * w, h).tolist() == pytest.approx([1.5] * len(w))
+    assert row_gains(energies, 0.1 * w, h).tolist() == pytest.approx([1.5] * len(w))
+
+
+def test_sequential_fits_have_the_energy_of_the_dense_outputs(net):
+    batches = batches_of(smooth_images())
+    fits = fit_layers(net, plan_of().layers, batches, sequential=True)
+    compressed = copy.deepcopy(net)
+    with torch.no_grad():
+        for name, fit in fits.items():
+            weight = compressed.get_submodule(name).weight
+            weight.copy_(fit.decomposition.to_dense().view_as(weight))
+    for name, pair in paired_moments(compressed, net, batches, dict.fromkeys(fits, 1)).items():
+        ours = row_energies(fits[name].decomposition.to_dense(), pair.moment, plan_of().layers[name]["groups"])
+        near = (ours / pair.energies - 1).abs() < 1e-3  # others are at the limit of the factors
+        assert near.sum() > len(ours) / 2, name
 
 
 def test_one_image_and_batches_that_end_early(net):
@@ -376,7 +391,7 @@ import cmd_ext
 from test_refit import Net, smooth_images
 rank = int(sys.argv[1])
 dist.init_process_group("gloo", init_method=f"file://{sys.argv[2]}", rank=rank, world_size=2)
-def always(model, batches, reference):  # ranks that did it alone would differ
+def always(model, batches, *_):  # ranks that did it alone would differ
     cmd_ext.recalibrate_batchnorm(model, batches)
     return 1.0, 0.5
 sys.modules["cmd_ext.compress"].recalibrate_if_better = always
