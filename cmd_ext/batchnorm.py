@@ -61,11 +61,8 @@ class Norms:
         norms, targets = cls.of(model, batches), class_targets(batches, reference)
         if not norms.running or targets is None:
             return norms
-        twin, losses, least = (
-            copy.deepcopy(model),
-            {0.0: loss_of(reference, batches, reference)},
-            share_right(reference, targets),
-        )
+        twin, least = copy.deepcopy(model), share_right(reference, targets)
+        losses = {0.0: loss_of(reference, batches, reference)}
         for norms.share in SHARES:
             got = outputs(recalibrate(twin, batches, norms), batches)
             if share_right(got, targets) >= least:

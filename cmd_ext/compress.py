@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from . import curves, distributed, fingerprints, forms, report, targets, trials
-from .allocation import Candidate, Choice, Layer, check_reachable, front, unsatisfiable
+from .allocation import Candidate, Choice, Layer, UnsatisfiableError, check_reachable, front, unsatisfiable
 from .batchnorm import Norms, recalibrate_if_better
 from .calibrate import Batch, batches_of, outputs
 from .candidates import MIN_SIZE, candidates
@@ -30,7 +30,7 @@ from .targets import Goal, Network, Problem
 
 SEARCHES = ("cmd", "allocate", "uniform")
 
-PASSES = 12  # over the calibration data, of a sequential fit that nobody asked for
+PASSES = 18  # over the calibration data, of a sequential fit that nobody asked for
 
 _log = distributed.logger(__name__)
 
@@ -143,7 +143,7 @@ def compress(
         sequential: fit layer after layer, each to inputs from the compressed layers before it and to the outputs of the
             dense network, which mends a part of their error. It is the number of layers that share a pass over the
             calibration data through both networks: 1 is best and slowest; 4 takes a quarter of the passes; 0 is no such
-            fit. None: 0, but "cmd" refits its network in about a dozen passes, unless a score_drop is sought, and keeps
+            fit. None: 0, but "cmd" refits its network in at most 18 passes, unless a score_drop is sought, and keeps
             what has the smaller loss.
         memory: bytes of second moments that the error curves and the final fit hold at once.
         seed: of the random choices, such as the rows of calibration images; the result is reproducible.
@@ -189,7 +189,7 @@ def compress(
         reference = outputs(dense, batches)
         if form == "auto" and (search == "uniform" or (batches and data_aware)):
             form = "channel"
-        layers, pinned = _layers(dense, chosen, overrides, profile, form, timed)
+        layers, pinned = layers_of(dense, chosen, overrides, profile, form, timed)
         facts = {"layers": layers, "pinned": pinned, "skipped": skipped, "goal": goal, "profile": profile}
         facts |= {"constraints": constraints}
         facts |= {"batches": batches, "reference": reference, "evaluate": evaluate, "example_inputs": example_inputs}
@@ -322,14 +322,27 @@ class _Job:
             plain.drop_slower()
         corrected = plain.copy()
         corrected.curves = outcome.correction.apply(plain.curves)
-        found = [(*self.solve(candidate), candidate) for candidate in (corrected, plain)]
+        found = self._solved(corrected, plain)
         kind = next(iter(limits))
         values = [self._badness(network, kind) for network, *_ in found]
-        _log.info("compress: loss %.4f with the search, %.4f without", values[0][-1], values[1][-1])
-        network, probes, final = found[0 if values[0] <= values[1] else 1]
+        if len(found) == 2:
+            _log.info("compress: loss %.4f with the search, %.4f without", values[0][-1], values[1][-1])
+        network, probes, final = found[values.index(min(values))]
         if self.sequential is None and network.plan.data_aware and network.plan.layers and goal.score_drop is None:
             network = self.refitted(network)
         return outcome, network, probes, final
+
+    def _solved(self, *problems: Problem) -> list[tuple[Network, list[dict], Problem]]:
+        """The networks of those that meet the goal: a latency is only known when it is measured."""
+        found, failure = [], None
+        for problem in problems:
+            try:
+                found.append((*self.solve(problem), problem))
+            except UnsatisfiableError as error:
+                failure = error
+        if not found:
+            raise failure
+        return found
 
     def _badness(self, network: Network, kind: str) -> tuple[bool, float, float]:
         """Whether it misses a latency, its cost where that is what is sought, and its loss."""
@@ -417,7 +430,7 @@ class _Job:
         return self.plan(corrected.choose(row["limits"]), measured.reasons)
 
 
-def _layers(
+def layers_of(
     model, chosen, overrides, dense: Profile, form: str, timed: bool
 ) -> tuple[list[Layer], dict[str, tuple[int, int, str]]]:
     """The layers to decide, all of `chosen`, and (rank, nnz, form) of those that overrides decide."""

@@ -138,7 +138,7 @@ def conv_calls(spec: Sequence[int], share: float, density: float) -> tuple[Work,
     n, geometry = c * k * k, ([stride, stride], [k // 2, k // 2], [1, 1], 1)
     x, w = torch.randn(batch, c, side, side, generator=g), _randn(m, n, g).view(m, c, k, k)
     u, v, values, pattern = _branches(m, n, share, density, g)
-    plan = ops.plan_lrs_conv2d(u, v, values, pattern, x.shape, [k, k], *geometry)
+    plan = ops.plan_lrs_conv2d(u, v, values, pattern, x.shape, False, [k, k], *geometry)
     out = batch * ((side + 2 * (k // 2) - k) // stride + 1) ** 2
     work = Work(m, n, 1, u.shape[1], len(values), out, x.numel(), out * m, x.dtype, True)
     return work, lambda: F.conv2d(x, w, None, stride, k // 2), lambda: ops.planned_lrs_conv2d(x, plan, None)

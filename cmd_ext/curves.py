@@ -82,7 +82,7 @@ def network_curves(
         ValueError: NaN or Inf in the data.
     """
     curves: Curves = {}
-    meter = _Meter(model, batches, reference, step)
+    meter = Meter(model, batches, reference, step)
     by_name = {layer.name: layer for layer in layers if batches and data_aware and layer.forms == ("channel",)}
     modules = {name: model.get_submodule(name) for name in by_name}
     max_features = min(MAX_FEATURES, math.isqrt(max(memory // 8, 1)))
@@ -121,7 +121,7 @@ def sizes(layers: list[Layer], round_to: int = 1) -> Curves:
     return curves
 
 
-class _Meter:
+class Meter:
     """Measures the divergence of the network's outputs, and counts what the search takes."""
 
     def __init__(self, model: nn.Module, batches: list[Batch], reference: list[Tensor], step: Step) -> None:
@@ -156,7 +156,7 @@ class _Meter:
         return found
 
 
-def _plain_curves(layers: list[Layer], meter: _Meter, round_to: int, step: Step) -> Curves:
+def _plain_curves(layers: list[Layer], meter: Meter, round_to: int, step: Step) -> Curves:
     """Of fits to the weights."""
     curves = weight_curves.error_curves(layers, round_to=round_to, step=step)
     if meter.sample:
@@ -168,7 +168,7 @@ def _plain_curves(layers: list[Layer], meter: _Meter, round_to: int, step: Step)
 def _aware_curves(
     layers: list[Layer],
     moments: dict[str, Tensor],
-    meter: _Meter,
+    meter: Meter,
     grid: dict[str, Grid],
     round_to: int,
     tables: Tables | None,
@@ -292,7 +292,7 @@ def _undominated(candidates: list[Candidate]) -> list[Candidate]:
     return [c for i, c in enumerate(candidates) if i == 0 or not beaten[i]]
 
 
-def _measured(layer: Layer, points: Grid, fits: dict[Point, Decomposition], meter: _Meter) -> list[tuple[float, float]]:
+def _measured(layer: Layer, points: Grid, fits: dict[Point, Decomposition], meter: Meter) -> list[tuple[float, float]]:
     """(squared error, loss of the network) with the best fits of the layer at a few budgets."""
     chosen = []
     for wanted in LOSS_BUDGETS:

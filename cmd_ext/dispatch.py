@@ -25,7 +25,8 @@ from . import cpu_model
 from .work import Work
 
 TOKENS = 2048  # assumed before the first call
-CLOSE = 2.0  # predicted times of up to so many times the least one are compared by measurement
+CLOSE = 2.0  # predicted times of up to so many times the least one are compared by measurement,
+LITTLE = 5e-3  # and those of up to so many seconds, as the constants are least sure of small calls and these cost little
 ROUNDS, MOST_ROUNDS, SECONDS = 3, 25, 0.01  # of that measurement
 MARGIN = 1.05  # what another backend must gain over "dense" there: less is lost in the noise
 
@@ -120,7 +121,8 @@ def candidates(work: Work, device: torch.device) -> list[str]:
         return [choose(work, device, False)]
     times = predicted(work, device, False)
     near = CLOSE if work.dtype in (torch.float32, torch.float64) else float("inf")  # the model is of these two
-    return [way for way in sorted(times, key=times.get) if times[way] <= near * min(times.values())]
+    most = max(near * min(times.values()), LITTLE)
+    return [way for way in sorted(times, key=times.get) if times[way] <= most]
 
 
 def fastest(calls: dict[str, Callable], *args) -> str:

@@ -111,7 +111,7 @@ class _LowRankSparse(nn.Module):
         Assign one of these to override the choice, "auto" to return to it. The automatic choice is what `dispatch`
         predicts to be fastest for the device, the dtype and the size of the latest call; "dense" where U V and S
         together would take longer than W, and on devices without our kernels. On the CPU, calls without gradients time
-        the candidates once for each input size where the prediction is close, and take "dense" where the others gain
+        the candidates once for each input size where these are short or close, and take "dense" where the others gain
         less than 5 % (CMD_EXT_AUTOTUNE=0 leaves it at the prediction).
         A rebuilt W is kept until a parameter changes, but for calls that record gradients, which rebuild it each time;
         so are, on the CPU, the packed weights of the fused kernels, for each of the latest input sizes.
@@ -579,9 +579,23 @@ class CMDConv2d(_LowRankSparse):
             return super()._prepare_by(backend, x, shared)
         if self._taps > 1:
             return self._prepare_spatial(x, shared)
-        weights = (self.u, self.v, self.values, self.pattern)
-        plan = ops.plan_lrs_conv2d(*weights, x.shape, self.kernel_size, *self._geometry)
-        return lambda layer, x: ops.planned_lrs_conv2d(x, plan, layer.bias, layer._activation is not None)
+        plan_for = self._plans(self.u, self.v, self.values, self.pattern)
+        plan_for(x)
+        return lambda layer, x: ops.planned_lrs_conv2d(x, plan_for(x), layer.bias, layer._activation is not None)
+
+    def _plans(self, *weights):
+        """A function of x: the plan for its memory format, made when it is first met."""
+        plans, geometry = {}, (self.kernel_size, *self._geometry)
+
+        def plan_for(x: Tensor) -> Tensor:
+            contiguous = x.is_contiguous()
+            plan = plans.get(contiguous)
+            if plan is None:
+                with torch.no_grad():
+                    plan = plans[contiguous] = ops.plan_lrs_conv2d(*weights, x.shape, not contiguous, *geometry)
+            return plan
+
+        return plan_for
 
     def _prepare_spatial(self, x: Tensor, shared: dict):
         kernels, geometry = shared.get("kernels"), self._geometry
@@ -589,13 +603,13 @@ class CMDConv2d(_LowRankSparse):
             kernels = shared["kernels"] = forms.thin_kernels(self.u, self.v, self.kernel_size)
         if self.nnz == 0 and self.rank > 0:
             return lambda layer, x: layer._activated_(forms.thin_convolutions(x, *kernels, layer.bias, *geometry))
-        weights = (*self._no_factors(), self.values, self.pattern)
-        plan = ops.plan_lrs_conv2d(*weights, x.shape, self.kernel_size, *geometry)
+        plan_for = self._plans(*self._no_factors(), self.values, self.pattern)
+        plan_for(x)
         if self.rank == 0:
-            return lambda layer, x: ops.planned_lrs_conv2d(x, plan, layer.bias, layer._activation is not None)
+            return lambda layer, x: ops.planned_lrs_conv2d(x, plan_for(x), layer.bias, layer._activation is not None)
 
         def call(layer: CMDConv2d, x: Tensor) -> Tensor:
-            y = ops.planned_lrs_conv2d(x, plan, layer.bias)
+            y = ops.planned_lrs_conv2d(x, plan_for(x), layer.bias)
             return layer._activated_(y.add_(forms.thin_convolutions(x, *kernels, None, *geometry)))
 
         return call

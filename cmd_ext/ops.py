@@ -638,20 +638,21 @@ def lrs_conv2d(
     return _ops.lrs_conv2d(x, u, v, values, *pattern, bias, kernel_size, stride, padding, dilation, groups)
 
 
-def plan_lrs_conv2d(u, v, values, pattern: Pattern, x_size, kernel_size, stride, padding, dilation, groups) -> Tensor:
+def plan_lrs_conv2d(
+    u, v, values, pattern: Pattern, x_size, channels_last: bool, kernel_size, stride, padding, dilation, groups
+) -> Tensor:
     """What lrs_conv2d on the CPU works out from its weights, packed, for inputs of one size; for planned_lrs_conv2d.
 
-    Args: as of lrs_conv2d; x_size is that of x. The plan is of the precision of u, and of no use after a weight
-    changed. Not differentiable.
+    Args: as of lrs_conv2d; x_size is that of x, channels_last the memory format in which it is fastest: it works for
+    all. The plan is of the precision of u, and of no use after a weight changed. Not differentiable.
 
     Returns:
         An opaque uint8 tensor.
     """
     u, v, values = _autocast(u, v, values)
     _check_dtypes("plan_lrs_conv2d", "u", u, v=v, values=values)
-    return _ops._plan_lrs_conv2d(
-        u, v, values, pattern.row_ptr, pattern.col_idx, x_size, kernel_size, stride, padding, dilation, groups
-    )
+    geometry = kernel_size, stride, padding, dilation, groups
+    return _ops._plan_lrs_conv2d(u, v, values, pattern.row_ptr, pattern.col_idx, x_size, channels_last, *geometry)
 
 
 def planned_lrs_conv2d(x: Tensor, plan: Tensor, bias: Tensor | None, relu: bool = False) -> Tensor:

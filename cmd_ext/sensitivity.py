@@ -19,7 +19,7 @@ from . import curves, distributed, report, targets, weight_curves
 from .allocation import Candidate, Layer
 from .calibrate import Batch, batches_of, outputs
 from .candidates import MIN_SIZE, candidates
-from .compress import _layers
+from .compress import layers_of
 from .cost import LayerCost, Profile, kept_parameters, profile_together
 from .moments import call_order
 from .plan import plan_of
@@ -152,7 +152,7 @@ def sensitivity(
             lambda: profile_together([dense], example_inputs, repeats=targets.REPEATS)[0]
         )
         form = "channel" if batches and data_aware else "auto"
-        layers, pinned = _layers(dense, chosen, overrides or {}, profile, form, False)
+        layers, pinned = layers_of(dense, chosen, overrides or {}, profile, form, False)
         free = [layer for layer in layers if layer.name not in pinned]
         reference, options = outputs(dense, batches), {"memory": memory, "seed": seed}
         fits = _fits(dense, pinned, layers, batches, reference, data_aware, options)
@@ -233,7 +233,7 @@ def _fits(
               for name, (rank, nnz, form) in sizes.items()}  # fmt: skip
     plan = plan_of(shapes.values(), {}, choice, {})
     fits = fit_layers(model, plan.layers, batches if data_aware else [], **options)
-    meter = curves._Meter(model, batches, reference, lambda: None)
+    meter = curves.Meter(model, batches, reference, lambda: None)
 
     def losses() -> dict[str, float]:
         return {name: meter.losses_of(name, [fit.decomposition])[0] for name, fit in fits.items()} if batches else {}

@@ -94,6 +94,12 @@ template <class T>
 cpu::Image<const T> image_of(const Tensor& t) {
   return {t.const_data_ptr<T>(), t.size(1), t.size(2), t.size(3), t.stride(0), t.stride(1), t.stride(2), t.stride(3)};
 }
+// Without data, for a plan.
+template <class T>
+cpu::Image<T> image_of_size(int64_t channels, int64_t height, int64_t width, bool channels_last) {
+  const int64_t pixel = channels_last ? channels : 1, channel = channels_last ? 1 : height * width;
+  return {nullptr, channels, height, width, channels * height * width, channel, width * pixel, pixel};
+}
 template <class T>
 cpu::Image<T> output_of(Tensor& t) {
   return {t.mutable_data_ptr<T>(), t.size(1), t.size(2), t.size(3), t.stride(0), t.stride(1), t.stride(2), t.stride(3)};
@@ -229,8 +235,8 @@ Tensor lrs_conv2d(const Tensor& x, const Tensor& u, const Tensor& v, const Tenso
 }
 
 Tensor plan_lrs_conv2d(const Tensor& u, const Tensor& v, const Tensor& values, const Tensor& row_ptr,
-                       const Tensor& col_idx, Sizes x_size, Sizes kernel_size, Sizes stride, Sizes padding,
-                       Sizes dilation, int64_t groups) {
+                       const Tensor& col_idx, Sizes x_size, bool channels_last, Sizes kernel_size, Sizes stride,
+                       Sizes padding, Sizes dilation, int64_t groups) {
   const Conv conv("_plan_lrs_conv2d", kernel_size, stride, padding, dilation, groups);
   check_float(conv.op, "u", u);
   check(u.is_cpu(), conv.op, ": u must be on the cpu");
@@ -245,8 +251,8 @@ Tensor plan_lrs_conv2d(const Tensor& u, const Tensor& v, const Tensor& values, c
   Tensor plan;
   dispatch(type, [&](auto tag) {
     using T = decltype(tag);
-    const cpu::Image<const T> x{nullptr, channels, x_size[2], x_size[3], 0, 0, 0, 0};
-    const cpu::Image<T> y{nullptr, u.size(0), out[0], out[1], 0, 0, 0, 0};
+    const auto x = image_of_size<const T>(channels, x_size[2], x_size[3], channels_last);
+    const auto y = image_of_size<T>(u.size(0), out[0], out[1], channels_last);
     const auto weights = weights_of<T>(pattern, dense_values, left, right);
     const auto fill = [&](void* memory) {
       return cpu::plan_conv2d(x, weights, y, conv.shape(x_size[0]), memory, threads());

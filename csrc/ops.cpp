@@ -40,8 +40,9 @@ DEFINE(CMD_EXT_LIBRARY, m) {
         ") -> (Tensor du, Tensor dv, Tensor dvalues)");
   m.def("_plan_lrs_linear(Tensor values, Tensor row_ptr, Tensor col_idx, int n, bool few) -> Tensor");
   m.def("_planned_lrs_linear(Tensor x, Tensor u, Tensor v, Tensor plan, Tensor? bias) -> Tensor");
-  m.def("_plan_lrs_conv2d(Tensor u, Tensor v, Tensor values, Tensor row_ptr, Tensor col_idx, int[4] x_size, " CONV
-        ") -> Tensor");
+  m.def(
+      "_plan_lrs_conv2d(Tensor u, Tensor v, Tensor values, Tensor row_ptr, Tensor col_idx, int[4] x_size, "
+      "bool channels_last, " CONV ") -> Tensor");
   m.def("_planned_lrs_conv2d(Tensor x, Tensor plan, Tensor? bias, bool relu) -> Tensor");
 #endif
 }

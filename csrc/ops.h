@@ -32,8 +32,8 @@ Tensor lrs_conv2d(const Tensor& x, const Tensor& u, const Tensor& v, const Tenso
                   const std::optional<Tensor>& bias, Sizes kernel_size, Sizes stride, Sizes padding, Sizes dilation,
                   int64_t groups);
 Tensor plan_lrs_conv2d(const Tensor& u, const Tensor& v, const Tensor& values, const Tensor& row_ptr,
-                       const Tensor& col_idx, Sizes x_size, Sizes kernel_size, Sizes stride, Sizes padding,
-                       Sizes dilation, int64_t groups);
+                       const Tensor& col_idx, Sizes x_size, bool channels_last, Sizes kernel_size, Sizes stride,
+                       Sizes padding, Sizes dilation, int64_t groups);
 Tensor planned_lrs_conv2d(const Tensor& x, const Tensor& plan, const std::optional<Tensor>& bias, bool relu);
 Tensor lrs_conv2d_grad_input(const Tensor& grad, const Tensor& u, const Tensor& v, const Tensor& values,
                              const Tensor& row_ptr, const Tensor& col_idx, const Tensor& col_ptr, const Tensor& row_idx,

@@ -212,13 +212,13 @@ def test_a_limit_out_of_reach_is_told_before_any_fit(net, monkeypatch):
 
 
 def test_allocation_gives_more_to_the_layer_that_matters(net, found, monkeypatch):
-    measure, limits = curves._Meter.losses_of, {"params": 0.2 * 2 * 2304}
+    measure, limits = curves.Meter.losses_of, {"params": 0.2 * 2 * 2304}
 
     def kept(factor: float) -> float:
         def scaled(meter, name, fits):
             return [loss * (factor if name == "second" else 1.0) for loss in measure(meter, name, fits)]
 
-        monkeypatch.setattr(curves._Meter, "losses_of", scaled)
+        monkeypatch.setattr(curves.Meter, "losses_of", scaled)
         got = network_curves(net, layers_of(net, ["first", "second"]), *found[2:])
         choice = allocation.allocate(got, {"params": 0.0}, limits)
         assert 0.97 * limits["params"] < allocation.total_costs(choice, {"params": 0.0})["params"] <= limits["params"]

@@ -18,7 +18,7 @@ LAYERS = ["linear", "conv2d"]
 
 
 def planned(x, u, v, values, pattern, bias, *geometry) -> torch.Tensor:
-    return ops.planned_lrs_conv2d(x, ops.plan_lrs_conv2d(u, v, values, pattern, x.shape, *geometry), bias)
+    return ops.planned_lrs_conv2d(x, ops.plan_lrs_conv2d(u, v, values, pattern, x.shape, False, *geometry), bias)
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, LAST], ids=["contiguous", "channels_last"])
@@ -253,7 +253,7 @@ def test_autocast_casts_the_weights_of_a_plan():
 
 def test_what_a_plan_does_not_fit_is_refused():
     x, u, v, values, pattern, bias, *geometry = conv_args("7x7 maps", F32)
-    plan = ops.plan_lrs_conv2d(u, v, values, pattern, x.shape, *geometry)
+    plan = ops.plan_lrs_conv2d(u, v, values, pattern, x.shape, False, *geometry)
     with pytest.raises(ValueError, match=r"x must be of the plan's sizes = \[3, 8, 7, 7\], got \[2, 8, 7, 7\]"):
         ops.planned_lrs_conv2d(x[:2], plan, bias)
     with pytest.raises(ValueError, match="x must have the plan's precision"):
@@ -264,8 +264,8 @@ def test_what_a_plan_does_not_fit_is_refused():
         with pytest.raises(ValueError, match="plan must be what _plan_lrs_conv2d returns"):
             ops.planned_lrs_conv2d(x, wrong, bias)
     with pytest.raises(ValueError, match=r"x_size must be \[batch > 0, 8, height, width\], got \[3, 9, 7, 7\]"):
-        ops.plan_lrs_conv2d(u, v, values, pattern, (3, 9, 7, 7), *geometry)
+        ops.plan_lrs_conv2d(u, v, values, pattern, (3, 9, 7, 7), False, *geometry)
     with pytest.raises(ValueError, match="smaller than the kernel's span"):
-        ops.plan_lrs_conv2d(u, v, values, pattern, (3, 8, 0, 7), *geometry)
+        ops.plan_lrs_conv2d(u, v, values, pattern, (3, 8, 0, 7), False, *geometry)
     with pytest.raises(TypeError, match="v must have the dtype of u"):
-        ops.plan_lrs_conv2d(u, v.to(F64), values, pattern, x.shape, *geometry)
+        ops.plan_lrs_conv2d(u, v.to(F64), values, pattern, x.shape, False, *geometry)

@@ -192,6 +192,26 @@ def test_a_drop_of_the_score(net):
     assert small.stats.params[1] < small.stats.params[0]
 
 
+def test_the_allocation_stands_in_where_the_corrections_cannot_meet_the_goal(net, monkeypatch):
+    job, tried = sys.modules["cmd_ext.compress"]._Job, []  # cmd_ext.compress is the function
+    solve = job.solve
+
+    def failing(self, problem):
+        tried.append(problem)
+        if len(tried) <= failures:
+            raise UnsatisfiableError("latency cannot be met", 1.0, "latency")
+        return solve(self, problem)
+
+    monkeypatch.setattr(job, "solve", failing)
+    failures = 1
+    assert run(net).stats.params[1] <= 0.3 * run(net).stats.params[0]
+    assert tried[0].curves != tried[1].curves
+    tried.clear()
+    failures = 2
+    with pytest.raises(UnsatisfiableError):
+        run(net)
+
+
 def test_without_data_or_optuna_it_is_the_allocation(net, monkeypatch, caplog):
     with caplog.at_level(logging.INFO, "cmd_ext"):
         result = cmd_ext.compress(net, images()[0], constraints={"params": "50%"}, progress=False)

@@ -81,8 +81,13 @@ struct Plan {
 struct Load {
   int64_t channels, rows, nnz, blocks, element;
   int64_t dense_in, dense_out;  // multiply-adds of the dense products per packed pixel and per position
+  bool from_rows, to_rows;      // whether images are contiguous along rows, not along channels
   int64_t sums = 0;             // sums over the positions of the item, for gradients of weights
 };
+template <class T>
+bool along_rows(const Image<T>& image) {
+  return image.stride_c != 1 && image.stride_w == 1;
+}
 
 struct TileShape {
   int height, width;
@@ -107,8 +112,15 @@ inline double predict(const Geometry& g, const Load& load, int64_t lane_count, i
   const double tile = double(g.tile_h * g.tile_w), positions = double(g.positions());
   const double packed = double(g.in_h() * g.in_w()), vector = double(lane_count * load.element);
   const double bytes = (load.channels * packed + load.rows * positions) * vector;
+  // Along rows whole vectors of columns are moved, and each costs more: its lines are shared with other rows.
+  const auto moved = [&](double pixels, int64_t width, int64_t pad, bool rows) {
+    if (!rows) return pixels;
+    const int64_t columns = g.lane_w == 1 ? std::max<int64_t>(1, width - 2 * pad) : width;
+    return 2.5 * pixels / double(width) * double(round_up(columns, lane_count));
+  };
   const double a_byte = bytes > 512e3 ? 2.5e-10 : 1.5e-10;
-  const double pack = load.channels * packed * vector * a_byte, unpack = load.rows * positions * vector * a_byte;
+  const double pack = load.channels * moved(packed, g.in_w(), g.reach.pad_w, load.from_rows) * vector * a_byte;
+  const double unpack = load.rows * moved(positions, g.patch_w, 0, load.to_rows) * vector * a_byte;
   // A row's sums depend on each other: below 8 of them the latency of the FMA is what counts.
   const double sparse =
       positions / tile * (double(load.rows * load.blocks) * 9e-9 + double(load.nnz) * std::max(0.2e-9 * tile, 1.5e-9));
@@ -167,7 +179,7 @@ inline int64_t block_of(int64_t taps, double density) {
 // The header of y = (U V + S) * x for input [channels, height, width], output sizes and channels of a block.
 template <class T>
 Header forward_header(const ConvShape& s, const ConvWeights<T>& w, const Image<const T>& x, int64_t out_h,
-                      int64_t out_w, int64_t block, int threads) {
+                      int64_t out_w, bool to_rows, int64_t block, int threads) {
   Header h{};
   const int64_t taps = s.kernel_h * s.kernel_w, rows = w.s.rows, nnz = w.s.nnz();
   h.element = sizeof(T), h.channels = x.channels, h.ranks = s.groups * w.rank, h.rows = rows, h.nnz = nnz;
@@ -178,7 +190,7 @@ Header forward_header(const ConvShape& s, const ConvWeights<T>& w, const Image<c
   h.sizes = {x.channels, x.height, x.width, rows, out_h, out_w};
   const Reach reach{s.stride_h, s.stride_w, (s.kernel_h - 1) * s.dilation_h + 1, (s.kernel_w - 1) * s.dilation_w + 1,
                     s.pad_h,    s.pad_w};
-  const Load load{x.channels, rows, nnz, h.blocks, h.element, 0, h.weights};
+  const Load load{x.channels, rows, nnz, h.blocks, h.element, 0, h.weights, along_rows(x), to_rows};
   h.geometry = choose_geometry(s.batch, out_h, out_w, reach, load, kLanes<T>, threads, h.shared);
   return h;
 }
@@ -188,7 +200,7 @@ Header forward_header(const ConvShape& s, const ConvWeights<T>& w, const Image<c
                       int threads) {
   const double size = double(w.s.rows) * double(w.s.cols);
   const int64_t block = block_of(s.kernel_h * s.kernel_w, double(w.s.nnz()) / std::max(1.0, size));
-  return forward_header(s, w, x, y.height, y.width, block, threads);
+  return forward_header(s, w, x, y.height, y.width, along_rows(y), block, threads);
 }
 
 // The header of the gradients for the weights: as forward, with the products that add up u's and v's gradients besides.
@@ -196,8 +208,9 @@ template <class T>
 Header grad_weights_header(const ConvShape& s, const ConvWeights<T>& w, const Image<const T>& x,
                            const Image<const T>& dy, int threads) {
   const int64_t block = block_of(s.kernel_h * s.kernel_w, 0);  // whole eights of nonzeros count for more here
-  Header h = forward_header(s, w, x, dy.height, dy.width, block, threads);
-  const Load load{x.channels, w.s.rows, h.nnz, h.blocks, h.element, 0, 2 * h.weights, h.weights + h.nnz};
+  Header h = forward_header(s, w, x, dy.height, dy.width, along_rows(dy), block, threads);
+  const Load load{x.channels, w.s.rows,      h.nnz,         h.blocks,       h.element,
+                  0,          2 * h.weights, along_rows(x), along_rows(dy), h.weights + h.nnz};
   h.geometry = choose_geometry(s.batch, dy.height, dy.width, h.geometry.reach, load, kLanes<T>, threads, h.shared);
   return h;
 }
@@ -223,7 +236,9 @@ Header grad_header(const ConvShape& s, const ConvWeights<T>& w, const Image<cons
   h.off_h = s.pad_h - first_h * s.stride_h, h.off_w = s.pad_w - first_w * s.stride_w;
   h.sizes = {dy.channels, dy.height, dy.width, dx.channels, dx.height, dx.width};
   const Reach reach{1, 1, far_h + 1, far_w + 1, far_h - first_h, far_w - first_w};
-  const Load load{dy.channels, h.rows, h.nnz, h.blocks, h.element, w.rank * dy.channels, w.rank * dx.channels * taps};
+  const Load load{
+      dy.channels,    h.rows,        h.nnz, h.blocks, h.element, w.rank * dy.channels, w.rank * dx.channels * taps,
+      along_rows(dy), along_rows(dx)};
   h.geometry =
       choose_geometry(s.batch, (dx.height - 1 + s.pad_h) / s.stride_h - first_h + 1,
                       (dx.width - 1 + s.pad_w) / s.stride_w - first_w + 1, reach, load, kLanes<T>, threads, h.shared);

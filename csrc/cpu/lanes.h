@@ -6,6 +6,8 @@
 #pragma once
 
 #include <algorithm>
+#include <cstring>
+#include <type_traits>
 #include <utility>
 
 #include "kernels.h"
@@ -105,14 +107,35 @@ SIMD_INLINE void transpose(Vec<T>* r) {
   if constexpr (sizeof(Vec<T>) == 64) transpose_step<T, 32 / sizeof(T)>(r);
 }
 
-// kLanes pixels of a row from column `col` on, zeros outside of the image or without a row.
+// Fewer than kLanes elements, in moves of fixed size: a loop over single ones becomes a call of memcpy.
+template <class T>
+SIMD_INLINE void copy_few(T* to, const T* from, int64_t count) {
+  const auto move = [&](auto size) SIMD_LAMBDA() {
+    constexpr int64_t kSize = decltype(size)::value;
+    if (!(count & kSize)) return;
+    std::memcpy(to, from, kSize * sizeof(T));
+    to += kSize, from += kSize;
+  };
+  if constexpr (kLanes<T> > 8) move(std::integral_constant<int64_t, 8>{});
+  if constexpr (kLanes<T> > 4) move(std::integral_constant<int64_t, 4>{});
+  move(std::integral_constant<int64_t, 2>{});
+  move(std::integral_constant<int64_t, 1>{});
+}
+
+// kLanes pixels of a row from column `col` on, zeros outside of the image.
 template <class T>
 SIMD_INLINE Vec<T> load_columns(const T* row, int64_t col, int64_t width) {
   constexpr int64_t kCount = kLanes<T>;
-  if (row && col >= 0 && col + kCount <= width) return simd::load(row + col);
-  T part[kCount] = {};
-  if (row)
-    for (int64_t i = std::max<int64_t>(0, -col); i < std::min(kCount, width - col); ++i) part[i] = row[col + i];
+  if (col + kCount <= 0 || col >= width) return Vec<T>{};
+  if (col >= 0 && col + kCount <= width) return simd::load(row + col);
+  T part[3 * kCount] = {};
+  if (width >= kCount) {  // the vector of the row that is nearest, moved: faster than single pixels
+    const int64_t near = std::clamp<int64_t>(col, 0, width - kCount);
+    simd::store(part + kCount, simd::load(row + near));
+    return simd::load(part + kCount + (col - near));
+  }
+  const int64_t low = std::max<int64_t>(0, -col);
+  copy_few(part + low, row + col + low, std::min(kCount, width - col) - low);
   return simd::load(part);
 }
 
@@ -124,6 +147,11 @@ SIMD_INLINE void pack(const Image<const T>& x, const Geometry& g, const Window& 
   const Origins<kCount> at(g, w, item);
   const int64_t plane = plane_of<T>(w);
   if (x.stride_c != 1 && x.stride_w == 1) {
+    // Columns outside of the image in all lanes are known where these share them.
+    const int64_t low = g.lane_w == 1 ? std::clamp<int64_t>(w.pad_w, 0, w.width) : 0;
+    const int64_t high = g.lane_w == 1 ? std::clamp<int64_t>(w.pad_w + x.width, low, w.width) : w.width;
+    const T* last = x.data + (g.batch - 1) * x.stride_n + (x.channels - 1) * x.stride_c + (x.height - 1) * x.stride_h +
+                    x.width;  // of the whole tensor; behind a row there is another one
     for (int64_t c = begin; c < end; ++c)
       for (int64_t h = 0; h < w.height; ++h) {
         const T* rows[kCount];
@@ -133,12 +161,23 @@ SIMD_INLINE void pack(const Image<const T>& x, const Geometry& g, const Window& 
           rows[l] = inside ? x.data + at.image[l] * x.stride_n + c * x.stride_c + row * x.stride_h : nullptr;
         }
         T* line = out + c * plane + h * w.width * kCount;
-        for (int64_t col = 0; col < w.width; col += kCount) {
+        for (int64_t col = 0; col < low; ++col) simd::store(line + col * kCount, Vec<T>{});
+        for (int64_t col = low; col < high; col += kCount) {
+          const int64_t count = std::min(kCount, high - col);
           Vec<T> r[kCount];
-          for (int l = 0; l < kCount; ++l) r[l] = load_columns(rows[l], at.col[l] + col, x.width);
+          for (int l = 0; l < kCount; ++l) {
+            const int64_t column = at.col[l] + col;
+            if (!rows[l])
+              r[l] = Vec<T>{};
+            else if (g.lane_w == 1 && last - rows[l] >= column + kCount)
+              r[l] = simd::load(rows[l] + column);  // what is beyond the row is not stored
+            else
+              r[l] = load_columns(rows[l], column, x.width);
+          }
           transpose<T>(r);
-          for (int64_t i = 0; i < std::min(kCount, w.width - col); ++i) simd::store(line + (col + i) * kCount, r[i]);
+          for (int64_t i = 0; i < count; ++i) simd::store(line + (col + i) * kCount, r[i]);
         }
+        for (int64_t col = high; col < w.width; ++col) simd::store(line + col * kCount, Vec<T>{});
       }
     return;
   }
@@ -194,28 +233,37 @@ SIMD_INLINE void unpack(const T* sums, int64_t row_size, const Geometry& g, cons
     stop = std::min(end, (phase + 1) * y.channels);
     const int64_t channel = first - phase * y.channels, count = stop - first;
     if (y.stride_c != 1 && y.stride_w == 1 && to.phases_w == 1) {
+      const int64_t low = g.lane_w == 1 ? std::clamp<int64_t>(to.off_w, 0, g.patch_w) : 0;
+      const int64_t high = g.lane_w == 1 ? std::clamp<int64_t>(to.off_w + y.width, low, g.patch_w) : g.patch_w;
       for (int64_t c = 0; c < count; ++c)
-        for (int64_t h = 0; h < g.strip; ++h)
-          for (int64_t col = 0; col < g.patch_w; col += kCount) {
-            const int64_t vecs = std::min(kCount, g.patch_w - col);
+        for (int64_t h = 0; h < g.strip; ++h) {
+          const T* line = sums + (first + c) * row_size + h * g.patch_w * kCount;
+          const auto copy = [&](int64_t col, int64_t vecs) SIMD_LAMBDA() {
             Vec<T> r[kCount];
-            for (int64_t i = 0; i < kCount; ++i)
-              r[i] = i < vecs ? sum_at(sums + (first + c) * row_size + (h * g.patch_w + col + i) * kCount) : Vec<T>{};
+            for (int64_t i = 0; i < kCount; ++i) r[i] = i < vecs ? sum_at(line + (col + i) * kCount) : Vec<T>{};
             transpose<T>(r);
             for (int l = 0; l < kCount; ++l) {
               const int64_t row = pixel_row(l, h, a), column = at.col[l] + col - to.off_w;
-              const int64_t low = std::max<int64_t>(0, -column), high = std::min(vecs, y.width - column);
-              if (row < 0 || low >= high) continue;
+              const int64_t from = std::max<int64_t>(0, -column), until = std::min(vecs, y.width - column);
+              if (row < 0 || from >= until) continue;
               T* target = y.data + at.image[l] * y.stride_n + (channel + c) * y.stride_c + row * y.stride_h + column;
-              if (high - low == kCount) {
+              if (until - from == kCount) {
                 simd::store(target, r[l]);
                 continue;
               }
               T part[kCount];
               simd::store(part, r[l]);
-              for (int64_t i = low; i < high; ++i) target[i] = part[i];
+              copy_few(target + from, part + from, until - from);
             }
-          }
+          };
+          for (int64_t col = low; col < high; col += kCount)
+            if (col + kCount <= high)
+              copy(col, kCount);
+            else if (kCount <= high - low)
+              copy(high - kCount, kCount);
+            else
+              copy(col, high - col);
+        }
       continue;
     }
     for (int64_t h = 0; h < g.strip; ++h)
