@@ -246,6 +246,7 @@ def test_nothing_is_timed_for_deterministic_results(tuning, monkeypatch):
         torch.use_deterministic_algorithms(False)
     assert len(dispatch.candidates(work, torch.device("meta"))) == 1
     monkeypatch.setattr(dispatch, "CLOSE", 1)
+    monkeypatch.setattr(dispatch, "LITTLE", 10)
     assert len(dispatch.candidates(work, cpu)) == 2, "calls that take little are timed"
     monkeypatch.setattr(dispatch, "LITTLE", 0)
     assert dispatch.candidates(work, cpu) == [dispatch.choose(work, cpu, False)]
