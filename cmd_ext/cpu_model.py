@@ -3,7 +3,7 @@
 The time of a call is a sum of its work, each kind times a constant: the call itself, the elements of x and y, the
 numbers stored as weights, and multiply-adds; the sparse kernels have their nonzeros and their rows of sums besides. The
 constants are those that predict a few small measured layers with the least relative error. They are measured at first
-use (about a second), kept in the user's cache folder by CPU, instruction set, threads and version of torch, and
+use (about a second), kept in the user's cache folder by CPU, instruction set, threads, versions of torch and kernels, and
 replaced by those of a machine with 2 cores and AVX2 where measuring would be in the way: while a program is traced, in
 a process group, or where CMD_EXT_AUTOTUNE=0 switches all of this off.
 """
@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from . import _C, ops
 from .work import Work
 
+KERNELS = 2  # their version: constants of others are measured anew
 SMALL_BATCH = 16  # rows of x below which a matrix product is bound by reading weights
 ROW_COLUMNS = 288  # columns of W whose inputs a convolution's sums run over together
 
@@ -222,7 +223,7 @@ def rates_key() -> str:
     except OSError:
         pass
     version = "-".join(torch.__version__.split(".")[:2])
-    text = f"cpu-{name}-{os.cpu_count()}-cores-{_C.cpu_capability()}-{torch.get_num_threads()}-threads-torch-{version}"
+    text = f"cpu-{KERNELS}-{name}-{os.cpu_count()}-cores-{_C.cpu_capability()}-{torch.get_num_threads()}-threads-torch-{version}"
     return re.sub(r"[^A-Za-z0-9]+", "-", text).strip("-").lower() + ".json"
 
 
