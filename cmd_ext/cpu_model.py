@@ -3,9 +3,9 @@
 The time of a call is a sum of its work, each kind times a constant: the call itself, the elements of x and y, the
 numbers stored as weights, and multiply-adds; the sparse kernels have their nonzeros and their rows of sums besides. The
 constants are those that predict a few small measured layers with the least relative error. They are measured at first
-use (about a second), kept in the user's cache folder by CPU, instruction set, threads, versions of torch and kernels, and
-replaced by those of a machine with 2 cores and AVX2 where measuring would be in the way: while a program is traced, in
-a process group, or where CMD_EXT_AUTOTUNE=0 switches all of this off.
+use (about a second), kept in the user's cache folder by CPU, instruction set, threads, versions of torch and kernels,
+and replaced by those of a machine with 2 cores and AVX2 where measuring would be in the way: while a program is traced,
+in a process group, or where CMD_EXT_AUTOTUNE=0 switches all of this off.
 """
 
 from __future__ import annotations
@@ -223,7 +223,8 @@ def rates_key() -> str:
     except OSError:
         pass
     version = "-".join(torch.__version__.split(".")[:2])
-    text = f"cpu-{KERNELS}-{name}-{os.cpu_count()}-cores-{_C.cpu_capability()}-{torch.get_num_threads()}-threads-torch-{version}"
+    threads = f"{os.cpu_count()}-cores-{_C.cpu_capability()}-{torch.get_num_threads()}-threads"
+    text = f"cpu-{KERNELS}-{name}-{threads}-torch-{version}"
     return re.sub(r"[^A-Za-z0-9]+", "-", text).strip("-").lower() + ".json"
 
 

@@ -26,7 +26,7 @@ from .work import Work
 
 TOKENS = 2048  # assumed before the first call
 CLOSE = 2.0  # predicted times of up to so many times the least one are compared by measurement,
-LITTLE = 5e-3  # and those of up to so many seconds, as the constants are least sure of small calls and these cost little
+LITTLE = 5e-3  # and those of up to so many seconds: the constants are least sure of small calls, which cost little
 ROUNDS, MOST_ROUNDS, SECONDS = 3, 25, 0.01  # of that measurement
 MARGIN = 1.05  # what another backend must gain over "dense" there: less is lost in the noise
 
