@@ -129,7 +129,7 @@ def recalibrate(model: nn.Module, batches: list[Batch], dense: Norms) -> nn.Modu
         name: [torch.zeros_like(norm.running_mean, dtype=torch.float64) for _ in range(2)]
         for name, norm in norms.items()
     }
-    calls, expected = dict.fromkeys(norms, 0), iter(())
+    calls, expected = dict.fromkeys(norms, 0), {}
 
     def replace(name: str, x: Tensor) -> None:
         norm, twins = norms[name], expected[name]
