@@ -382,7 +382,8 @@ def search(
 
 def _search(problem, limits, assembly, *, checkpoint, facts, n_trials, seed, progress) -> Outcome:
     """search, of this process."""
-    name = fingerprints.of_facts(VERSION, facts, seed, space_of(problem.layers))[:16]
+    measured = VERSION, SAMPLES, TEMPERATURE, assembly.norms.share
+    name = fingerprints.of_facts(measured, facts, seed, space_of(problem.layers))[:16]
     start = time.perf_counter()
     with report.Bar(n_trials, "trials", progress) as bar:
         study = Study(checkpoint, f"cmd_ext {name}", space_of(problem.layers), seed)
