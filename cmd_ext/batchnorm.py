@@ -132,6 +132,8 @@ def recalibrate(model: nn.Module, batches: list[Batch], dense: Norms) -> nn.Modu
     calls, expected = dict.fromkeys(norms, 0), {}
 
     def replace(name: str, x: Tensor) -> None:
+        if not x.numel():
+            return
         norm, twins = norms[name], expected[name]
         mean, var = _moments(x, norm.running_mean.float())
         new = mean, var

@@ -127,6 +127,15 @@ def test_a_part_of_the_batches(net):
     close(statistics(model), statistics(other), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_empty_batches_count_for_nothing(net, memory_format):
+    model, other = copy.deepcopy(net), copy.deepcopy(net)
+    data = [x.to(memory_format=memory_format) for x in images()]
+    cmd_ext.recalibrate_batchnorm(model, [data[0][:0], *data, data[0][:0]], reference=net, share=0.5)
+    cmd_ext.recalibrate_batchnorm(other, images(), reference=net, share=0.5)
+    close(statistics(model), statistics(other))
+
+
 def test_modes_counts_and_lower_precision(net):
     model = copy.deepcopy(net).train()
     model.mix.eval()
