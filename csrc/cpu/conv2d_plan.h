@@ -112,11 +112,12 @@ inline double predict(const Geometry& g, const Load& load, int64_t lane_count, i
   const double tile = double(g.tile_h * g.tile_w), positions = double(g.positions());
   const double packed = double(g.in_h() * g.in_w()), vector = double(lane_count * load.element);
   const double bytes = (load.channels * packed + load.rows * positions) * vector;
-  // Along rows whole vectors of columns are moved, and each costs more: its lines are shared with other rows.
+  // Along rows whole vectors of columns are moved. Lanes that share their columns are inside of the image together, and
+  // a line is read to its end; else all is looked at lane by lane.
   const auto moved = [&](double pixels, int64_t width, int64_t pad, bool rows) {
     if (!rows) return pixels;
     const int64_t columns = g.lane_w == 1 ? std::max<int64_t>(1, width - 2 * pad) : width;
-    return 2.5 * pixels / double(width) * double(round_up(columns, lane_count));
+    return (g.lane_w == 1 ? 0.5 : 2.0) * pixels / double(width) * double(round_up(columns, lane_count));
   };
   const double a_byte = bytes > 512e3 ? 2.5e-10 : 1.5e-10;
   const double pack = load.channels * moved(packed, g.in_w(), g.reach.pad_w, load.from_rows) * vector * a_byte;
