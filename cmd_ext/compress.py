@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from . import curves, distributed, fingerprints, forms, report, targets, trials
-from .allocation import Candidate, Choice, Layer, UnsatisfiableError, check_reachable, front, unsatisfiable
+from .allocation import Candidate, Choice, Layer, UnsatisfiableError, front, total_costs, unsatisfiable
 from .batchnorm import Norms, recalibrate_if_better
 from .calibrate import Batch, batches_of, outputs
 from .candidates import MIN_SIZE, candidates
@@ -280,13 +280,15 @@ class _Job:
             for kind, whole in layer.costs(None, None).items():
                 fixed[kind] += costs[kind] - whole
         problem = Problem(free, None, fixed, coefficient, round_to)
-        if search == "uniform":
-            targets.log_limits(goal, problem)
-            return problem, []
-        problem.curves = curves.sizes(free, round_to)
+        if search != "uniform":
+            problem.curves = curves.sizes(free, round_to)
+        if "latency" in goal.limits:
+            problem.ratio = distributed.first_rank_does(lambda: self.ratio(problem))
         targets.log_limits(goal, problem)
+        if search == "uniform":
+            return problem, []
         if self.batches and self.data_aware:  # before fits that take their time
-            distributed.first_rank_does(lambda: check_reachable(problem.curves, fixed, goal.limits))
+            distributed.first_rank_does(lambda: problem.check(goal.limits))
         how = {"round_to": round_to, "data_aware": self.data_aware, "memory": self.memory, "seed": self.seed}
         with report.Bar((4 if self.batches else 1) * len(free), "error curves", self.progress) as bar:
             how |= {"step": bar.step, "tables": self.tables}
@@ -296,12 +298,23 @@ class _Job:
             problem.curves = dict(found)
             if "latency" in goal.limits:
                 problem.drop_slower()
-            check_reachable(problem.curves, fixed, goal.limits)
+            problem.check(goal.limits)
             shown = next(iter(goal.limits), "params")
             return problem.curves, problem.reasons, front(problem.curves, fixed, shown)
 
         problem.curves, problem.reasons, trade_off = distributed.first_rank_does(prepared)
         return problem, trade_off
+
+    def ratio(self, problem: Problem) -> float:
+        """Measured / predicted time of the fastest network, if by prediction it is too slow; else 1."""
+        if problem.smallest("latency") <= self.goal.limits["latency"]:
+            return 1.0
+        choice = problem.fastest()
+        plan = replace(self.plan(choice, {}), n_iter=1, sequential=0)  # however it is fitted, it takes the same time
+        network, _ = fit_plan(copy.deepcopy(self.dense), plan, [], self.memory, self.seed, False)
+        before, after = profile_together([self.dense, network], self.example_inputs, repeats=targets.REPEATS)
+        drift = before.total.ms / self.profile.total.ms
+        return after.total.ms / drift / total_costs(choice, problem.fixed)["latency"]
 
     def search(
         self, problem: Problem, n_trials: int, checkpoint: str | os.PathLike | None
@@ -309,7 +322,7 @@ class _Job:
         """The search, and the better one of the networks with and without its corrections."""
         assembly = Assembly(self.dense, problem.layers, self.tables, self.batches, self.reference, self.norms)
         goal = self.goal
-        limits = goal.limits or distributed.first_rank_does(
+        limits = problem.predicted(goal.limits) or distributed.first_rank_does(
             lambda: start_limits(problem, assembly, self.score, self.dense_score - goal.score_drop)
         )
         facts = *self.facts(problem.round_to), self.constraints, [layer.name for layer in problem.layers], self.pinned

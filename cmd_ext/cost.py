@@ -105,7 +105,8 @@ class LayerCost:
 class Profile:
     """Costs of every layer that holds parameters, and of the whole network for one call on the example inputs.
 
-    `ms` of a layer is the median over calls of its own time; `total.ms` is the whole forward pass.
+    `ms` of a layer is the median over calls of its own time; `total.ms` is the whole forward pass, in calls of its own:
+    timing the layers takes time.
     """
 
     rows: list[LayerCost]
@@ -139,7 +140,8 @@ def profile(model: nn.Module, example_inputs: Any, *, repeats: int = 5) -> Profi
     Args:
         model: any module; unchanged.
         example_inputs: one call's inputs: a tensor, a tuple of arguments or a dict of keyword arguments.
-        repeats: timed calls after a warm-up; medians are reported.
+        repeats: timed calls of the network, and as many in which its layers are timed, after a warm-up; medians are
+            reported.
 
     Returns:
         A Profile; printing it gives the table.
@@ -150,18 +152,14 @@ def profile(model: nn.Module, example_inputs: Any, *, repeats: int = 5) -> Profi
 def profile_together(models: list[nn.Module], example_inputs: Any, *, repeats: int = 5) -> list[Profile]:
     """`profile` of several models with their calls interleaved, so that the machine's drift hits all alike."""
     probes = [_Probe(model, to_device(example_inputs, device_of(model))) for model in models]
-    try:
-        for _ in range(repeats + 1):
-            for probe in probes:
-                probe.run()
-    finally:
+    for _ in range(repeats + 1):
         for probe in probes:
-            probe.remove()
+            probe.run()
     return [probe.profile() for probe in probes]
 
 
 class _Probe:
-    """Forward hooks that time every layer with parameters of its own."""
+    """Times the calls of a network and, by forward hooks in further calls, its layers with parameters of their own."""
 
     def __init__(self, model: nn.Module, inputs: Any) -> None:
         self.model, self.inputs = model, inputs
@@ -175,10 +173,6 @@ class _Probe:
         self.layers = {
             m: name for name, m in model.named_modules() if any(p is not None for p in m._parameters.values())
         }
-        self.handles = []
-        for module in self.layers:
-            self.handles.append(module.register_forward_pre_hook(self._before))
-            self.handles.append(module.register_forward_hook(self._after))
 
     def _now(self) -> float:
         if self.device.type == "cuda":
@@ -198,22 +192,29 @@ class _Probe:
                 self.between[module] = self.between.get(module, 0) + _between(module, inputs[0], output)
 
     def run(self) -> None:
+        """One call as it is, and one with hooks."""
         training = [m for m in self.model.modules() if m.training]
         self.model.eval()
-        self.times.append({})
-        self.macs.clear()
-        self.between.clear()
-        self.elements.clear()
         with torch.no_grad():
             start = self._now()
             call(self.model, self.inputs)
             self.total.append(self._now() - start)
+            self._time_layers()
         for module in training:
             module.training = True
 
-    def remove(self) -> None:
-        for handle in self.handles:
-            handle.remove()
+    def _time_layers(self) -> None:
+        self.times.append({})
+        self.macs.clear()
+        self.between.clear()
+        self.elements.clear()
+        handles = [module.register_forward_pre_hook(self._before) for module in self.layers]
+        handles += [module.register_forward_hook(self._after) for module in self.layers]
+        try:
+            call(self.model, self.inputs)
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def profile(self) -> Profile:
         rows = []

@@ -88,6 +88,11 @@ class Correction:
     def to_dict(self) -> dict:
         return {"shifts": self.shifts, "coefficient": self.coefficient, "power": self.power}
 
+    def __str__(self) -> str:
+        low, high = min(self.shifts.values(), default=0.0), max(self.shifts.values(), default=0.0)
+        shifts = f"{len(self.shifts)} layers shifted by {low:.2f} to {high:.2f}"
+        return f"{shifts}, coefficient {self.coefficient:.2f}, power {self.power:.2f}"
+
 
 def stages(layers: list[Layer], most: int = STAGES) -> list[list[str]]:
     """The layers in the order of the network, in parts that look at maps of one size.

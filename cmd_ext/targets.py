@@ -1,8 +1,9 @@
 """What compress() must reach: limits on costs, on the measured time of a call, on the fall of the score.
 
 Costs add up, so one allocation meets a limit on them. A time is predicted by the model of the device and then measured:
-the limit that the allocation gets is corrected by measured / predicted until the measurement meets the wanted one. A
-score is only known of a finished network: the budget is bisected along the allocation, network by network.
+the limit that the allocation gets is corrected by measured / predicted until the measurement meets the wanted one; where
+the prediction says that it cannot be met, the fastest network is timed before that is believed. A score is only known of
+a finished network: the budget is bisected along the allocation, network by network.
 """
 
 from __future__ import annotations
@@ -223,9 +224,7 @@ class Problem:
                 if totals[kind] > limit * (1 + 1e-9):
                     raise unsatisfiable(kind, limit, totals[kind])
         except UnsatisfiableError as error:
-            if self.reasons:
-                error.args = (f"{error} ({len(self.reasons)} layers stay dense, which is faster)",)
-            return None, error
+            return None, self._explained(error)
         return choice, None
 
     def _uniform(self, limits: dict[str, float]) -> Choice:
@@ -237,6 +236,30 @@ class Problem:
         free = [layer for layer in self.layers if layer.name not in dense]
         fixed = total_costs(dense, self.fixed)
         return {**dense, **allocation.uniform(free, self.coefficient, fixed, limits, self.round_to)}
+
+    def check(self, limits: dict[str, float]) -> None:
+        """Raises UnsatisfiableError where even the cheapest candidates exceed a limit, a time by more than TOLERANCE."""
+        for kind, limit in limits.items():
+            closest, most = self.smallest(kind), limit
+            if kind == "latency":
+                closest, most = closest * self.ratio, limit * (1 + TOLERANCE)
+            if closest > most:
+                raise self._explained(unsatisfiable(kind, limit, closest))
+
+    def predicted(self, limits: dict[str, float]) -> dict[str, float]:
+        """The limits for predicted costs: of the time, corrected, or else the least, which `check` lets pass."""
+        if "latency" not in limits:
+            return limits
+        return {**limits, "latency": max(limits["latency"] / self.ratio, self.smallest("latency") * (1 + 1e-9))}
+
+    def fastest(self) -> Choice:
+        """The network of the least predicted time."""
+        return {name: min(curve, key=lambda c: c.costs["latency"]) for name, curve in self._curves().items()}
+
+    def _explained(self, error: UnsatisfiableError) -> UnsatisfiableError:
+        if self.reasons:
+            error.args = (f"{error} ({len(self.reasons)} layers stay dense, which is faster)",)
+        return error
 
     def smallest(self, kind: str) -> float:
         """The least cost of the network that any choice reaches."""
@@ -273,8 +296,9 @@ def log_profile(dense: Profile, layers: int) -> None:
 def log_limits(goal: Goal, problem: Problem) -> None:
     """Tells of every constraint whether it can be met."""
     for kind, limit in goal.limits.items():
-        closest = problem.smallest(kind)
-        verdict = "can be met" if closest <= limit else "cannot be met"
+        closest = problem.smallest(kind) * (problem.ratio if kind == "latency" else 1)
+        near = limit * (1 + TOLERANCE) if kind == "latency" else limit
+        verdict = "can be met" if closest <= near else "cannot be met"
         words = in_units(kind, limit), verdict, in_units(kind, closest)
         _log.info("compress: %s <= %s %s; the least is %s", kind, *words)
     if goal.score_drop is not None:
@@ -301,7 +325,7 @@ def meet_latency(problem: Problem, goal: Goal, build: Build, dense: nn.Module, e
     """
     best, tried, rounds, networks = None, set(), 0, 0
     whole, problem = problem, problem.copy()  # what is slower is so at this target
-    limit, low, high = goal.limits["latency"] / problem.ratio, 0.0, math.inf
+    limit, low, high = problem.predicted(goal.limits)["latency"], 0.0, math.inf
     while True:
         choice = _within(problem, goal.limits, limit, best, networks)
         if choice is None or sizes(choice) in tried:

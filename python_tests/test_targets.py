@@ -87,6 +87,29 @@ def test_the_limit_is_corrected_until_the_measurement_meets_it(net, clock, searc
     assert stats.latency["predicted"] == pytest.approx(stats.latency["measured"] - 0.8)
 
 
+def test_a_latency_is_refused_by_the_clock_and_not_by_the_prediction(net, clock):
+    clock.predicted = lambda work: {"fused": 5e-4 + 1e-3 * share_of(work.m, work.n, work.rank, work.nnz), "dense": 1e-3}
+    clock.compressed = lambda name, share: share
+    clock.drift = [1.0, 1.5]
+    stats = run(net, constraints={"latency": "40%"}).stats  # the least is predicted to be 3 ms
+    assert stats.latency["met"]
+    assert stats.latency["measured"] == pytest.approx(3, rel=0.1)
+    clock.compressed, clock.calls = lambda name, share: share + 0.5, 0
+    with pytest.raises(UnsatisfiableError, match=r"latency <= 2 ms cannot be met; .* 3\.\d+ ms") as caught:
+        run(net, constraints={"latency": "40%"})
+    assert 3 < caught.value.closest < 3.2
+    assert clock.calls == 2  # the dense network, and the fastest one beside it
+
+
+@pytest.mark.parametrize("search", ["allocate", "uniform"])
+def test_a_latency_that_is_missed_by_little_is_met(net, clock, search):
+    clock.predicted = lambda work: {"fused": 3e-4 + 1e-3 * share_of(work.m, work.n, work.rank, work.nnz), "dense": 1e-3}
+    clock.compressed = lambda name, share: share + 0.3
+    latency = run(net, constraints={"latency": "43%"}, search=search).stats.latency  # 2.15 of at least 2.2 ms
+    assert latency["met"]
+    assert 2.2 < latency["measured"] < 2.15 * 1.1
+
+
 def test_a_network_that_is_faster_than_need_be_gets_more(net, clock):
     clock.compressed = lambda name, share: share / 3
     stats = run(net, constraints={"latency": 3.0}).stats
@@ -211,7 +234,7 @@ def test_no_model_of_times_is_one_clear_error(net, clock):
 def test_an_unsatisfiable_limit_names_the_closest_value_in_its_units(net, clock):
     for kind, unit in (("params", "parameters"), ("macs", "MACs"), ("bytes", "bytes"), ("latency", "ms")):
         with pytest.raises(UnsatisfiableError, match=rf"{kind} <= .* {unit} cannot be met; .* {unit}$") as caught:
-            run(net, constraints={kind: 1.0})
+            run(net, constraints={kind: 0.5 if kind == "latency" else 1.0})
         assert caught.value.kind == kind
         run(net, constraints={kind: caught.value.closest * (1 + 1e-6)})
     again = pickle.loads(pickle.dumps(caught.value))
