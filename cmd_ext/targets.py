@@ -1,9 +1,9 @@
 """What compress() must reach: limits on costs, on the measured time of a call, on the fall of the score.
 
-Costs add up, so one allocation meets a limit on them. A time is predicted by the model of the device and then measured:
-the limit that the allocation gets is corrected by measured / predicted until the measurement meets the wanted one; where
-the prediction says that it cannot be met, the fastest network is timed before that is believed. A score is only known of
-a finished network: the budget is bisected along the allocation, network by network.
+Costs add up, so one allocation meets a limit on them. A time is predicted by the model of the device and then
+measured: the limit that the allocation gets is corrected by measured / predicted until the measurement meets the wanted
+one; where the prediction says that it cannot be met, the fastest network is timed before that is believed. A score is
+only known of a finished network: the budget is bisected along the allocation, network by network.
 """
 
 from __future__ import annotations
@@ -238,7 +238,7 @@ class Problem:
         return {**dense, **allocation.uniform(free, self.coefficient, fixed, limits, self.round_to)}
 
     def check(self, limits: dict[str, float]) -> None:
-        """Raises UnsatisfiableError where even the cheapest candidates exceed a limit, a time by more than TOLERANCE."""
+        """Raises UnsatisfiableError where the cheapest candidates exceed a limit, a time by more than TOLERANCE."""
         for kind, limit in limits.items():
             closest, most = self.smallest(kind), limit
             if kind == "latency":

@@ -4,9 +4,9 @@
 // zeros outside of the image, `unpack` writes what it made. With channels_last images both are transposes of kLanes
 // channels by kLanes pixels; with contiguous ones, of kLanes columns by kLanes patches.
 //
-// Where all lanes are inside of their images (Inside), and that is nearly everywhere, such a transpose is kLanes loads at
-// places that the lanes' starts and one sum give, log2(kLanes) shuffles a vector and kLanes stores: 1.5 to 3 ns a vector
-// on a Zen 4, bound by the caches. At the edges every lane is looked at by itself, which takes 4 times as long.
+// Where all lanes are inside of their images (Inside), and that is nearly everywhere, such a transpose is kLanes loads
+// at places that the lanes' starts and one sum give, log2(kLanes) shuffles a vector and kLanes stores: 1.5 to 3 ns a
+// vector on a Zen 4, bound by the caches. At the edges every lane is looked at by itself, which takes 4 times as long.
 #pragma once
 
 #include <algorithm>
