@@ -312,7 +312,8 @@ class _Job:
         choice = problem.fastest()
         plan = replace(self.plan(choice, {}), n_iter=1, sequential=0)  # however it is fitted, it takes the same time
         network, _ = fit_plan(copy.deepcopy(self.dense), plan, [], self.memory, self.seed, False)
-        before, after = profile_together([self.dense, network], self.example_inputs, repeats=targets.REPEATS)
+        repeats = targets.repeats(self.profile.total.ms)
+        before, after = profile_together([self.dense, network], self.example_inputs, repeats=repeats)
         drift = before.total.ms / self.profile.total.ms
         return after.total.ms / drift / total_costs(choice, problem.fixed)["latency"]
 

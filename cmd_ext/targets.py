@@ -24,9 +24,10 @@ from .work import Work
 
 COSTS = ("params", "macs", "bytes")
 CONSTRAINTS = (*COSTS, "latency", "score_drop")
-TOLERANCE = 0.1  # how far from its target a measured time may be
+TOLERANCE = 0.1  # how far from its target a measured time may be,
+AIM = 0.05  # and how near it the corrections stop: another measurement differs by a few percent
 ROUNDS = 4  # corrections of the limit on predicted time
-REPEATS = 11  # timed calls of a network, of which the median counts
+REPEATS, SECONDS = 11, 1.0  # timed calls of a network, of which the median counts: at least so many, and for so long
 MARGIN = 0.95  # once a layer is slower than dense, those above this share of dense go back with it
 PROBES = 8  # networks that the bisection by score fits
 
@@ -108,6 +109,11 @@ def _limit(kind: str, value: str | float, whole: float) -> float:
     if kind != "latency" and not (isinstance(value, (int, float)) and value >= 1):
         raise ValueError(f"compress: {kind} must be a number >= 1 or a share like '25%', got {value!r}")
     return float(value)
+
+
+def repeats(dense_ms: float) -> int:
+    """Timed calls of networks like one that takes so long: many of short calls, which noise hits harder."""
+    return max(REPEATS, min(101, math.ceil(1e3 * SECONDS / max(dense_ms, 1e-3))))
 
 
 # Time -----------------------------------------------------------------------------------------------------------------
@@ -318,12 +324,14 @@ def meet_latency(problem: Problem, goal: Goal, build: Build, dense: nn.Module, e
         dense, example_inputs: what is timed beside it.
 
     Returns:
-        The network nearest to the target among those within 10 % of it or below, else the fastest.
+        The network nearest to the target among those within 10 % of it or below, else the fastest; corrections stop
+        within 5 % or after ROUNDS of them.
 
     Raises:
         UnsatisfiableError: a limit below what is predicted, or below what is left without the layers that are slower.
     """
     best, tried, rounds, networks = None, set(), 0, 0
+    count = repeats(goal.dense_ms or goal.limits["latency"])
     whole, problem = problem, problem.copy()  # what is slower is so at this target
     limit, low, high = problem.predicted(goal.limits)["latency"], 0.0, math.inf
     while True:
@@ -334,7 +342,7 @@ def meet_latency(problem: Problem, goal: Goal, build: Build, dense: nn.Module, e
         given_up = {name: why for name, why in problem.smaller.items() if choice[name].rank is None}
         network = build(choice, given_up | problem.reasons)
         before, after = distributed.first_rank_does(
-            lambda network=network: profile_together([dense, network.model], example_inputs, repeats=REPEATS)
+            lambda network=network: profile_together([dense, network.model], example_inputs, repeats=count)
         )
         networks += 1
         drift = 1.0 if goal.dense_ms is None else before.total.ms / goal.dense_ms
@@ -355,7 +363,7 @@ def meet_latency(problem: Problem, goal: Goal, build: Build, dense: nn.Module, e
         network.latency = {**times, "met": met}
         if best is None or _distance(network) < _distance(best):
             best = network
-        if abs(after.total.ms / target - 1) <= TOLERANCE or rounds == ROUNDS:
+        if abs(after.total.ms / target - 1) <= AIM or rounds == ROUNDS:
             break
         rounds += 1
     if not best.latency["met"] and not any(c.rank is not None for c in best.choice.values()):
