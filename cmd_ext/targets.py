@@ -328,11 +328,13 @@ def meet_latency(problem: Problem, goal: Goal, build: Build, dense: nn.Module, e
         within 5 % or after ROUNDS of them.
 
     Raises:
-        UnsatisfiableError: a limit below what is predicted, or below what is left without the layers that are slower.
+        UnsatisfiableError: a limit more than 10 % below what is predicted, or below what is left without the layers
+            that are slower.
     """
     best, tried, rounds, networks = None, set(), 0, 0
     count = repeats(goal.dense_ms or goal.limits["latency"])
     whole, problem = problem, problem.copy()  # what is slower is so at this target
+    distributed.first_rank_does(lambda: problem.check({"latency": goal.limits["latency"]}))
     limit, low, high = problem.predicted(goal.limits)["latency"], 0.0, math.inf
     while True:
         choice = _within(problem, goal.limits, limit, best, networks)
