@@ -413,4 +413,7 @@ def test_a_row_of_latency_tells_target_and_measurement(monkeypatch, small_networ
     assert far["reached"] == pytest.approx(abs(row.ours.p50 / (0.9 * row.theirs) - 1))
     assert slower["reached"] == 0
     monkeypatch.setattr(latency, "SHARE", 0.01)
-    assert "cannot be met" in latency.latency_row(Run(), "small").note
+    refused = latency.latency_row(Run(), "small")
+    assert "cannot be met" in refused.note
+    (goal,) = refused.goals
+    assert goal.value(refused) > goal.wanted  # a target that is missed, not one that is not listed
