@@ -55,7 +55,8 @@ class _LowRankSparse(nn.Module):
         self.u = nn.Parameter(torch.empty(m * taps, rank, **factory))
         self.v = nn.Parameter(torch.empty(groups * rank, n // taps, **factory))
         self.values = nn.Parameter(torch.empty(nnz, **factory))
-        self.bias = nn.Parameter(torch.empty(m, **factory)) if bias else None
+        # Registered, not assigned, where it is None: kept_call (csrc/kept_call.h) looks for it among the parameters.
+        self.register_parameter("bias", nn.Parameter(torch.empty(m, **factory)) if bias else None)
         self._set_pattern(_random_pattern(m, n, nnz, groups, self.u.device))
         self.reset_parameters()
 

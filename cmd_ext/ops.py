@@ -102,6 +102,8 @@ def _check_dtypes(op: str, first: str, like: Tensor, **others: Tensor | None) ->
 
 def _autocast(x: Tensor, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """Under autocast, casts floating tensors to its dtype, as torch's own linear and convolution do."""
+    if not torch._C._is_any_autocast_enabled():  # the usual case, at little cost
+        return (x, *tensors)
     device = x.device.type
     if not torch.is_autocast_enabled(device) or x.dtype == torch.float64:
         return (x, *tensors)

@@ -38,6 +38,34 @@ def fused_layer(**options) -> CMDConv2d:
     return layer
 
 
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("kind", LAYERS)
+def test_a_second_call_takes_the_short_way(kind, bias, monkeypatch):
+    layer = CMDLinear(6, 8, bias, rank=2, density=0.3) if kind == "linear" else fused_layer(bias=bias)
+    x = torch.randn(2, 6) if kind == "linear" else torch.randn(2, 6, 9, 7)
+    with torch.no_grad():
+        want = layer(x)
+        monkeypatch.setattr(type(layer), "_forward", lambda *_: pytest.fail("the long way"))
+        assert torch.equal(layer(x), want)
+    assert ("bias" in layer.state_dict()) == bias
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, LAST], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("shape", [(5, 3), (200, 180)], ids=["one thread", "threads"])
+def test_a_layer_without_branches_never_reads_its_input(shape, memory_format):
+    layer = CMDConv2d(6, 8, 3, stride=2, padding=1, rank=0, density=0)
+    layer.backend = "fused"
+    x = torch.full((3, 6, *shape), torch.nan).contiguous(memory_format=memory_format)
+    with torch.no_grad():
+        layer.bias[:2] = torch.tensor([-1.0, torch.nan])
+        for activation in (None, "relu"):
+            layer.activation = activation
+            want = layer.bias.relu() if activation else layer.bias
+            y = layer(x)
+            torch.testing.assert_close(y, want.view(1, 8, 1, 1).expand_as(y), rtol=0, atol=0, equal_nan=True)
+            assert y.is_contiguous(memory_format=memory_format)
+
+
 def expected(layer: CMDConv2d, x: torch.Tensor) -> torch.Tensor:
     geometry = (layer.kernel_size, layer.stride, layer._inner_padding, layer.dilation, layer.groups)
     return ops.lrs_conv2d(x, layer.u, layer.v, layer.values, layer.pattern, layer.bias, *geometry)

@@ -26,6 +26,7 @@
 // and slower at 14x14 and below, so isa.h leaves it to CPUs with full-width units, where its speed was not measured.
 #pragma once
 
+#include <algorithm>
 #include <limits>
 #include <vector>
 
@@ -394,12 +395,42 @@ SIMD_INLINE void multiply_middle(const Plan<T>& plan, const Buffers<T>& b, int64
   }
 }
 
+// out = bias, or its positive part: all that is left of a layer without branches, which never reads its input.
+template <class T>
+void fill(const Image<T>& out, int64_t batch, const T* bias, bool relu, const ParallelFor& parallel_for) {
+  std::vector<T> line(out.channels, T(0));  // the values of a pixel, and then of all in a row
+  if (bias) std::copy_n(bias, out.channels, line.begin());
+  if (relu) std::replace_if(line.begin(), line.end(), [](T value) { return value < 0; }, T(0));
+  const bool by_rows = out.stride_c == 1 && out.stride_w == out.channels;
+  if (by_rows) {
+    line.resize(out.width * out.channels);
+    for (size_t i = out.channels; i < line.size(); ++i) line[i] = line[i - out.channels];
+  }
+  const int64_t count = by_rows ? out.height : out.channels, size = out.channels * out.height * out.width / count;
+  parallel_for(batch * count, std::max<int64_t>(1, (1 << 18) / size), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      T* to = out.data + i / count * out.stride_n + i % count * (by_rows ? out.stride_h : out.stride_c);
+      if (by_rows) {
+        std::copy(line.begin(), line.end(), to);
+        continue;
+      }
+      for (int64_t row = 0; row < out.height; ++row, to += out.stride_h) {
+        if (out.stride_w == 1)
+          std::fill_n(to, out.width, line[i % count]);
+        else
+          for (int64_t col = 0; col < out.width; ++col) to[col * out.stride_w] = line[i % count];
+      }
+    }
+  });
+}
+
 // Runs a plan: out = bias + (U V + S) * in, as far as the plan has these branches; with `relu`, its positive part.
 template <class T>
 void run(const Plan<T>& plan, const Image<const T>& in, const T* bias, bool relu, const Image<T>& out,
          const ParallelFor& parallel_for) {
   const Header& h = *plan.head;
   const Geometry& g = h.geometry;
+  if (h.ranks == 0 && h.nnz == 0) return fill(out, g.batch, bias, relu, parallel_for);
   const Target<T> target{out,     h.phases_h, h.phases_w,
                          h.off_h, h.off_w,    relu ? T(0) : -std::numeric_limits<T>::infinity()};
   const lanes::Window window = input_window(g);
