@@ -59,7 +59,8 @@ class Layer:
     """A layer that may be compressed: its matrix [m, n] per `groups`, and MACs per weight.
 
     `forms` are those of a convolution that it may take, `between` the MACs per weight of V in the spatial form.
-    `latency`, where time counts, gives the milliseconds of (rank, nnz, form).
+    `latency`, where time counts, gives the milliseconds of (rank, nnz, form). `removable` says whether the network can
+    do without the layer (bypassed in candidates.py): then rank 0 with an empty S is one of its candidates.
     """
 
     name: str
@@ -71,6 +72,7 @@ class Layer:
     forms: tuple[str, ...] = ("channel",)
     between: int = 0
     latency: Callable[[int | None, int | None, str], float] | None = None
+    removable: bool = False
 
     @property
     def size(self) -> int:
@@ -106,7 +108,8 @@ class Layer:
 class Candidate:
     """One way to hold a layer.
 
-    rank None is dense, error the squared relative one of the weight or of the outputs, loss what is minimised.
+    rank None is dense, rank 0 with nnz 0 leaves nothing but the bias; error is the squared relative one of the weight
+    or of the outputs, loss what is minimised.
     """
 
     rank: int | None
@@ -118,6 +121,16 @@ class Candidate:
 
 
 Choice = dict[str, Candidate]
+
+
+def dense_of(layer: Layer) -> Candidate:
+    """The layer as it is."""
+    return Candidate(None, None, 0.0, 0.0, layer.costs(None, None))
+
+
+def removed(layer: Layer) -> list[Candidate]:
+    """The candidate without U V and S, if the network can do without the layer."""
+    return [Candidate(0, 0, 1.0, 1.0, layer.costs(0, 0))] if layer.removable else []
 
 
 def total_costs(choice: Choice, fixed: dict[str, float]) -> dict[str, float]:

@@ -1,15 +1,20 @@
-"""Which layers of a network may be compressed, and why the others may not."""
+"""Which layers of a network may be compressed, why the others may not, and without which of them it still works."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from difflib import get_close_matches
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from .calibrate import outputs
 from .cost import CMD_LAYERS
 from .modules import CMDConv2d, CMDLinear
 
+SAMPLES = 8  # that tell whether outputs still depend on inputs
+SPREAD = 1e-3  # of the dense network's outputs; less is rounding
 MIN_SIZE = 1024  # weights below which a layer is left alone: nothing to gain
 LAYER_OF = {nn.Conv2d: CMDConv2d, nn.Linear: CMDLinear}
 
@@ -37,6 +42,35 @@ def candidates(
         elif reason:
             skipped[name] = reason
     return chosen, skipped
+
+
+def bypassed(model: nn.Module, names: list[str], inputs: Any) -> set[str]:
+    """The layers that something leads past, such as a shortcut: without U V + S, outputs still tell inputs apart.
+
+    Args:
+        model: its weights are changed meanwhile, and restored.
+        inputs: one call's; of a tensor a few samples are used. A single one tells nothing, so that there are none.
+    """
+    few = inputs[:SAMPLES] if isinstance(inputs, Tensor) else inputs
+
+    def spread() -> float:
+        (y,) = outputs(model, [(few, None)])
+        y = y.double()
+        return (y - y[:1]).norm().item() if y.dim() > 0 else 0.0
+
+    whole, found = spread(), set()
+    for name in names:
+        weight = model.get_submodule(name).weight
+        dense = weight.detach().clone()
+        try:
+            with torch.no_grad():
+                weight.zero_()
+            if spread() > SPREAD * whole:
+                found.add(name)
+        finally:
+            with torch.no_grad():
+                weight.copy_(dense)
+    return found
 
 
 def _owners(model: nn.Module) -> dict[int, list[str]]:

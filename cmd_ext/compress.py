@@ -17,7 +17,7 @@ from . import curves, distributed, fingerprints, forms, report, targets, trials
 from .allocation import Candidate, Choice, Layer, UnsatisfiableError, front, total_costs, unsatisfiable
 from .batchnorm import Norms, recalibrate_if_better
 from .calibrate import Batch, batches_of, outputs
-from .candidates import MIN_SIZE, candidates
+from .candidates import MIN_SIZE, bypassed, candidates
 from .cost import CMD_LAYERS, Profile, profile_together
 from .modules import replace as put_in_place
 from .plan import Plan, apply_plan, fit_plan, plan_of
@@ -190,6 +190,10 @@ def compress(
         if form == "auto" and (search == "uniform" or (batches and data_aware)):
             form = "channel"
         layers, pinned = layers_of(dense, chosen, overrides, profile, form, timed)
+        if timed and search != "uniform":  # what a call takes at least is no matter of ranks
+            inputs = batches[0][0] if batches else example_inputs
+            spare = distributed.first_rank_does(lambda: bypassed(dense, [layer.name for layer in layers], inputs))
+            layers = [replace(layer, removable=layer.name in spare) for layer in layers]
         facts = {"layers": layers, "pinned": pinned, "skipped": skipped, "goal": goal, "profile": profile}
         facts |= {"constraints": constraints}
         facts |= {"batches": batches, "reference": reference, "evaluate": evaluate, "example_inputs": example_inputs}
@@ -290,7 +294,7 @@ class _Job:
         if self.batches and self.data_aware:  # before fits that take their time
             distributed.first_rank_does(lambda: problem.check(goal.limits))
         how = {"round_to": round_to, "data_aware": self.data_aware, "memory": self.memory, "seed": self.seed}
-        with report.Bar((4 if self.batches else 1) * len(free), "error curves", self.progress) as bar:
+        with report.Bar((curves.STEPS if self.batches else 1) * len(free), "error curves", self.progress) as bar:
             how |= {"step": bar.step, "tables": self.tables}
             found = curves.network_curves(self.dense, free, self.batches, self.reference, **how)
 

@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from . import _C, ops
 from .work import Work
 
-KERNELS = 3  # their version: constants of others are measured anew
+KERNELS = 4  # their version: constants of others are measured anew
 SMALL_BATCH = 16  # rows of x below which a matrix product is bound by reading weights
 ROW_COLUMNS = 288  # columns of W whose inputs a convolution's sums run over together
 
@@ -56,7 +56,12 @@ def dense_work(work: Work) -> list[float]:
 
 
 def fused_work(work: Work) -> list[float]:
-    """Of our kernels: the call, elements, stored numbers, rows of sums, products with S, products of the factors."""
+    """Of our kernels: the call, elements, stored numbers, rows of sums, products with S, products of the factors.
+
+    Without factors and S the outputs are filled in, which takes a quarter of what moving them takes.
+    """
+    if work.rank == work.nnz == 0:
+        return [1.0, work.outputs / 4, 0.0, 0.0, 0.0, 0.0]
     t, factors = work.tokens, work.rank * (work.m + work.groups * work.n)
     rows = work.m * -(-work.n // ROW_COLUMNS) * t if work.nnz else 0
     return [1.0, work.inputs + work.outputs, factors + 2 * work.nnz, rows, work.nnz * t, factors * t]

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from . import distributed, weight_curves
-from .allocation import Candidate, Layer
+from .allocation import Candidate, Layer, dense_of, removed
 from .calibrate import Batch, divergence, outputs
 from .cost import kept_parameters
 from .decompose import Decomposition
@@ -35,6 +35,7 @@ COEFFICIENTS = (1.0, 0.85, 0.6, 0.0)
 WIDE, WIDE_GRID, WIDE_COEFFICIENTS = 1 << 32, (0.03, 0.08, 0.2, 0.4, 0.65), (1.0, 0.85, 0.0)
 # Budgets at which the loss is measured. Below the least it is a guess: without 3 % wide layers starve at a tenth.
 LOSS_BUDGETS = (0.03, 0.08, 0.2, 0.4)
+STEPS = len(LOSS_BUDGETS) + 1  # losses a layer: at these budgets, and without it
 SAMPLES = 256  # of the calibration data: enough to rank layers by what they do to the outputs
 
 Curves = dict[str, list[Candidate]]
@@ -71,7 +72,7 @@ def network_curves(
         round_to: ranks are multiples of this.
         memory: bytes of second moments held at once, as in fit_layers.
         seed: of the choice of rows of the data.
-        step: called four times a layer, once without data.
+        step: called STEPS times a layer, once without data.
         tables: where the fits to data are kept, and taken from if they are there; candidates of layers with such fits
             are then these alone, without others between them.
 
@@ -91,7 +92,7 @@ def network_curves(
         kept = distributed.first_rank_does(partial(_kept, [by_name[name] for name in names], grid, tables))
         if kept is not None:
             curves |= kept
-            for _ in range(len(LOSS_BUDGETS) * len(names)):
+            for _ in range(STEPS * len(names)):
                 step()
             continue
         moments = second_moments(model, batches, names, max_features=max_features, seed=seed)
@@ -111,7 +112,7 @@ def sizes(layers: list[Layer], round_to: int = 1) -> Curves:
     """Candidates of every size that curves can have, without errors: what is reachable, before any fit."""
     curves = {}
     for layer in layers:
-        curves[layer.name] = [Candidate(None, None, 0.0, 0.0, layer.costs(None, None))]
+        curves[layer.name] = [dense_of(layer), *removed(layer)]
         pairs = [(budget, coefficient) for coefficient in COEFFICIENTS for budget in weight_curves.BUDGETS]
         for form in layer.forms:
             offered = dict.fromkeys(_size(layer, *pair, round_to, form) for pair in pairs)
@@ -140,14 +141,14 @@ class Meter:
         self.losses, self.loss_seconds = self.losses + 1, self.loss_seconds + time.process_time() - start
         return value
 
-    def losses_of(self, name: str, fits: list[Decomposition]) -> list[float]:
-        """With one layer replaced by each of some fits; the weight is as before afterwards."""
+    def losses_of(self, name: str, weights: list[Tensor]) -> list[float]:
+        """With one layer's weight replaced by each of some; it is as before afterwards."""
         weight = self.model.get_submodule(name).weight
         dense, found = weight.detach().clone(), []
         try:
-            for fit in fits:
+            for other in weights:
                 with torch.no_grad():
-                    weight.copy_(fit.to_dense().view_as(weight))
+                    weight.copy_(other.view_as(weight))
                 found.append(self.loss())
                 self.step()
         finally:
@@ -260,7 +261,7 @@ def _curve(layer: Layer, points: Grid, fitted: dict[Point, float], round_to: int
     known: dict[float, dict[float, float]] = defaultdict(dict)  # coefficient -> share -> error
     for (_, coefficient), size in points.items():
         known[coefficient][_share(layer, size)] = fitted[size] ** 2
-    found = [Candidate(None, None, 0.0, 0.0, layer.costs(None, None))]
+    found = [dense_of(layer), *removed(layer)]
     for budget in weight_curves.BUDGETS:
         for coefficient, errors in known.items():
             size = _size(layer, budget, coefficient, round_to)
@@ -272,7 +273,7 @@ def _curve(layer: Layer, points: Grid, fitted: dict[Point, float], round_to: int
 
 def _exact_curve(layer: Layer, table: Table) -> list[Candidate]:
     """The fits of a table as candidates."""
-    found = [Candidate(None, None, 0.0, 0.0, layer.costs(None, None))]
+    found = [dense_of(layer), *removed(layer)]
     for size, error in table.errors.items():
         if _share(layer, size) < 1:
             found.append(Candidate(*size, error**2, error**2, layer.costs(*size)))
@@ -293,14 +294,21 @@ def _undominated(candidates: list[Candidate]) -> list[Candidate]:
 
 
 def _measured(layer: Layer, points: Grid, fits: dict[Point, Decomposition], meter: Meter) -> list[tuple[float, float]]:
-    """(squared error, loss of the network) with the best fits of the layer at a few budgets."""
+    """(squared error, loss of the network) with the best fits of the layer at a few budgets, and without the layer."""
     chosen = []
     for wanted in LOSS_BUDGETS:
         sizes = [size for (budget, _), size in points.items() if budget == wanted]
         if sizes:
             chosen.append(min((fits[size] for size in sizes), key=lambda fit: fit.output_error))
-    losses = meter.losses_of(layer.name, chosen)
-    return sorted((max(f.output_error**2, 1e-12), max(loss, 1e-9)) for f, loss in zip(chosen, losses, strict=True))
+    errors = [max(fit.output_error**2, 1e-12) for fit in chosen]
+    weights = [fit.to_dense() for fit in chosen]
+    if layer.removable:
+        errors.append(1.0)
+        weights.append(torch.zeros_like(layer.weight))
+    losses = meter.losses_of(layer.name, weights)
+    for _ in range(STEPS - len(weights)):
+        meter.step()
+    return sorted(zip(errors, (max(loss, 1e-9) for loss in losses), strict=True))
 
 
 def _with_losses(curve: list[Candidate], losses: list[tuple[float, float]]) -> list[Candidate]:

@@ -236,7 +236,11 @@ def _fits(
     meter = curves.Meter(model, batches, reference, lambda: None)
 
     def losses() -> dict[str, float]:
-        return {name: meter.losses_of(name, [fit.decomposition])[0] for name, fit in fits.items()} if batches else {}
+        return (
+            {name: meter.losses_of(name, [fit.decomposition.to_dense()])[0] for name, fit in fits.items()}
+            if batches
+            else {}
+        )
 
     measured = distributed.first_rank_does(losses)
     points = {}

@@ -234,11 +234,7 @@ class Problem:
         return choice, None
 
     def _uniform(self, limits: dict[str, float]) -> Choice:
-        dense = {
-            layer.name: Candidate(None, None, 0.0, 0.0, layer.costs(None, None))
-            for layer in self.layers
-            if layer.name in self.reasons
-        }
+        dense = {layer.name: allocation.dense_of(layer) for layer in self.layers if layer.name in self.reasons}
         free = [layer for layer in self.layers if layer.name not in dense]
         fixed = total_costs(dense, self.fixed)
         return {**dense, **allocation.uniform(free, self.coefficient, fixed, limits, self.round_to)}
@@ -284,7 +280,7 @@ class Problem:
         curves = {}
         for layer in self.layers:
             dense = layer.costs(None, None)
-            curves[layer.name] = [Candidate(None, None, 0.0, 0.0, dense)]
+            curves[layer.name] = [allocation.dense_of(layer)]
             for rank, nnz in ((0, 1), (0, layer.size - 1)):
                 costs = layer.costs(rank, nnz, layer.forms[-1])
                 if all(costs[kind] < dense[kind] for kind in self.fixed):

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .allocation import Candidate, Layer
+from .allocation import Candidate, Layer, dense_of, removed
 from .decompose import decompose_batch
 
 BUDGETS = np.geomspace(0.01, 0.8, 40)
@@ -70,7 +70,7 @@ def _curve(layer: Layer, mixed: dict, round_to: int) -> list[Candidate]:
     def left(kept: Tensor, k: int) -> float:
         return 1.0 if k == 0 else max(0.0, 1 - kept[k - 1].item() / total)
 
-    candidates = [Candidate(None, None, 0.0, 0.0, layer.costs(None, None))]
+    candidates = [dense_of(layer), *removed(layer)]
     for budget in BUDGETS:
         best = math.inf
         for form in layer.forms:
@@ -116,7 +116,7 @@ def measure_losses(
     loss_of_model: Callable[[], float],
     step: Callable[[], None] = lambda: None,
 ) -> None:
-    """Replaces the candidates' loss by the network's: each layer alone is compressed at three budgets.
+    """Replaces the candidates' loss by the network's: each layer alone is compressed at three budgets, or taken out.
 
     The measured loss is interpolated in log loss over log error. One point a layer is not enough: loss per squared
     error drifts by a factor of two between mild and strong compression, which starves layers at small budgets.
@@ -129,15 +129,20 @@ def measure_losses(
     for layer in layers:
         weight, points = modules[layer.name].weight, []
         dense = weight.detach().clone()
+        tried = [(1.0, torch.zeros_like(dense))] if layer.removable else []
         for budget in KL_BUDGETS:
             candidate = min(curves[layer.name][1:], key=lambda c: abs(c.costs["params"] / layer.size - budget))
             sizes = {"rank": candidate.rank, "nnz": candidate.nnz, "groups": layer.groups, "form": candidate.form}
             fit = decompose_batch([dense], n_iter=8, **sizes)[0]
+            tried.append((max(fit.relative_error**2, 1e-12), fit.to_dense().view_as(weight)))
+        for error, other in tried:
             with torch.no_grad():
-                weight.copy_(fit.to_dense().view_as(weight))
-            points.append((max(fit.relative_error**2, 1e-12), max(loss_of_model(), 1e-9)))
+                weight.copy_(other)
+            points.append((error, max(loss_of_model(), 1e-9)))
             with torch.no_grad():
                 weight.copy_(dense)
+            step()
+        for _ in range(len(KL_BUDGETS) + 1 - len(tried)):
             step()
         for candidate in curves[layer.name][1:]:
             candidate.loss = loss_at(sorted(points), candidate.error)

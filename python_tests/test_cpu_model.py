@@ -57,6 +57,15 @@ def test_an_empty_sparse_branch_may_be_low_rank_or_dense():
     assert dispatch.choose(dataclasses.replace(thin, rank=256), cpu, False) == "dense"
 
 
+def test_a_layer_without_branches_costs_its_outputs_alone():
+    def of(**sizes) -> float:
+        work = Work(64, 576, 1, 0, 0, 4096, 1 << 18, 1 << 18, torch.float32, True)
+        return cpu_model.predict(dataclasses.replace(work, **sizes), cpu_model.DEFAULTS, False)["lowrank"]
+
+    assert of() == of(inputs=0, tokens=1) < of(outputs=1 << 19)
+    assert of() < min(of(rank=1), of(rank=1, inputs=0))
+
+
 def test_measured_rates_are_kept_for_later_processes(tmp_path, monkeypatch):
     monkeypatch.setenv("CMD_EXT_AUTOTUNE", "1")
     measured = dataclasses.replace(DEFAULTS, conv_dense=(1.0, 2.0, 3.0, 4.0, 5.0))

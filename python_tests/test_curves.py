@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 
 import pytest
@@ -11,7 +12,7 @@ from small_net import smooth_images as images
 from torch import nn
 
 import cmd_ext
-from cmd_ext import UnsatisfiableError, allocation, curves, data, models, uniform
+from cmd_ext import UnsatisfiableError, allocation, candidates, curves, data, models, uniform
 from cmd_ext.allocation import Candidate, Layer
 from cmd_ext.calibrate import accuracy, batches_of, divergence, outputs
 from cmd_ext.curves import network_curves, sizes
@@ -65,6 +66,51 @@ def test_a_curve_falls_from_all_to_nothing(found):
         by_error = sorted(others, key=lambda c: c.error)
         assert [c.loss for c in by_error] == sorted(c.loss for c in others)
         assert by_error[0].error < 0.1 < 0.2 < by_error[-1].error
+
+
+class Shortcut(nn.Module):
+    """Past the middle layer leads a shortcut."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.middle, self.last = (nn.Conv2d(8, 8, 3, padding=1, bias=False) for _ in range(3))
+
+    def forward(self, x):
+        x = self.first(x)
+        return self.last((x + self.middle(x)).relu()).mean((2, 3))
+
+
+@pytest.fixture(scope="module")
+def shortcut() -> Shortcut:
+    torch.manual_seed(0)
+    return Shortcut().eval()
+
+
+def test_a_layer_that_something_leads_past_may_go(shortcut):
+    x, names = torch.randn(12, 8, 6, 6), ["first", "middle", "last"]
+    before = {name: tensor.clone() for name, tensor in shortcut.state_dict().items()}
+    assert candidates.bypassed(shortcut, names, x) == {"middle"}
+    assert candidates.bypassed(shortcut, names, (x,)) == {"middle"}
+    assert candidates.bypassed(shortcut, names, x[:1]) == set(), "one input tells nothing"
+    assert all(torch.equal(before[name], tensor) for name, tensor in shortcut.state_dict().items())
+
+
+@pytest.mark.parametrize("data_aware", [True, False])
+def test_the_loss_without_a_layer_is_measured(shortcut, data_aware):
+    batches = batches_of([torch.randn(16, 8, 6, 6) for _ in range(2)])
+    layers, reference, steps = layers_of(shortcut, ["first", "middle"]), outputs(shortcut, batches), []
+    layers[1].removable = True
+    how = {"data_aware": data_aware, "step": lambda: steps.append(1)}
+    found = network_curves(shortcut, layers, batches, reference, **how)
+    assert len(steps) == 2 * curves.STEPS
+    without = copy.deepcopy(shortcut)
+    without.middle.weight.data.zero_()
+    (gone,) = [c for c in found["middle"] if c.rank == c.nnz == 0]
+    assert gone.loss == pytest.approx(divergence(reference, outputs(without, batches)), rel=1e-4)
+    assert (gone.error, gone.costs["params"], gone.costs["macs"]) == (1.0, 0, 0)
+    assert gone.loss >= max(c.loss for c in found["middle"])
+    assert not [c for c in found["first"] if c.rank == c.nnz == 0]
+    assert [c for c in sizes(layers)["middle"] if c.rank == c.nnz == 0]
 
 
 def test_every_kind_of_split_is_offered(net):
@@ -161,7 +207,7 @@ def test_steps_and_time_are_told(net, found, caplog):
     caplog.set_level(logging.INFO, "cmd_ext.curves")
     steps = []
     network_curves(net, layers_of(net), *found[2:], step=lambda: steps.append(1))
-    assert len(steps) == 4 * len(NAMES)
+    assert len(steps) == curves.STEPS * len(NAMES)
     assert "error curves: 4 layers, 4 of them by" in caplog.text
     assert "16 losses measured in" in caplog.text
     steps.clear()

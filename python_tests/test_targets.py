@@ -101,6 +101,45 @@ def test_a_latency_is_refused_by_the_clock_and_not_by_the_prediction(net, clock)
     assert clock.calls == 2  # the dense network, and the fastest one beside it
 
 
+class Residual(nn.Module):
+    """Every layer may go."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(64, 64) for _ in NAMES)
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = x + layer(x).relu()
+        return x
+
+
+def test_where_time_runs_out_layers_go_that_something_leads_past(net, clock, tmp_path):
+    clock.compressed = lambda name, share: 0.5 + share if share else 0.05
+    clock.predicted = lambda work: {
+        "fused": 1e-3 * clock.compressed("", share_of(work.m, work.n, work.rank, work.nnz)),
+        "dense": 1e-3,
+    }
+    limit, residual = {"latency": "50%"}, Residual().eval()  # 2.5 ms; with every layer it takes more than 3
+    with pytest.raises(UnsatisfiableError):
+        run(net, constraints=limit)
+    result = run(residual, constraints=limit)
+    gone = [name for name, sizes in result.plan.layers.items() if sizes["rank"] == sizes["nnz"] == 0]
+    assert 1 <= len(gone) <= 3
+    assert result.stats.latency["met"]
+    assert 2 < result.stats.latency["measured"] < 2.5 * 1.1
+    x = X.clone().requires_grad_()
+    y = result.model(x)
+    y.sum().backward()
+    assert x.grad.isfinite().all()
+    again = cmd_ext.apply_plan(residual, cmd_ext.Plan.from_json(result.plan.to_json()))
+    torch.testing.assert_close(again(X), y)
+    cmd_ext.save(result.model, tmp_path / "net.safetensors")
+    assert torch.equal(cmd_ext.load(tmp_path / "net.safetensors", Residual().eval())(X), result.model(X))
+    sizes = run(Residual().eval(), constraints={"params": "5%"}).plan.layers.values()
+    assert all(entry["rank"] + entry["nnz"] > 0 for entry in sizes), "only where time counts"
+
+
 @pytest.mark.parametrize("search", ["allocate", "uniform"])
 def test_a_latency_that_is_missed_by_little_is_met(net, clock, search):
     clock.predicted = lambda work: {"fused": 3e-4 + 1e-3 * share_of(work.m, work.n, work.rank, work.nnz), "dense": 1e-3}
