@@ -4,6 +4,9 @@ The problem is that of data_aware.py without G: min tr(D H D^T), D = W - U V - S
 needs no eigenbasis of H: S = (W H - L H - Z + rho D) (H + rho)^-1 is one product with a matrix that all chains share,
 and S H follows from it without another. From one fit to the next go U, S, and as multipliers Z the gradient of the loss
 at the former, so that few sweeps suffice.
+
+A wide weight is a tenth of its H, and a fit may not take many of its size: L H stays U (V H), and steps write into what
+the ones before leave. A sweep takes six arrays of the weight's size and the fit on the support ten, W and W H included.
 """
 
 from __future__ import annotations
@@ -31,6 +34,7 @@ EASY, HARD = 0.1, 10.0  # the share of weak directions of H that asks for no mor
 SMALL, LARGE = 0.4, 3.0  # the same of the share that is kept
 FEW = 1 << 13  # entries up to which a selection in torch is cheaper than a call of the operator
 KEPT_BYTES = 4 << 20  # of matrices (H + rho)^-1
+ROWS = 64  # of which products are summed together
 
 
 @dataclass
@@ -40,19 +44,18 @@ class Front:
     Attributes:
         points: their sizes.
         q: U, orthonormal, of the largest rank; the columns beyond a chain's own rank are 0.
-        low_h: L H.
+        v_h: V H.
         d: S.
         z: the multipliers; of a fit in the end the gradient (W - L - S) H.
-        v, v_h: V and V H of a fit in the end.
+        v: V of a fit in the end.
     """
 
     points: list[Point]
     q: Tensor
-    low_h: Tensor
-    d: Tensor
-    z: Tensor
+    v_h: Tensor
+    d: Tensor | None
+    z: Tensor | None
     v: Tensor | None = None
-    v_h: Tensor | None = None
 
 
 class Chains:
@@ -76,6 +79,7 @@ class Chains:
                 kept = [c for c, chain in enumerate(chains) if len(chain) >= i]
                 front = self._next(front, [kept.index(c) for c in going], [chains[c][i] for c in going])
                 rounds, steps = 1, NEXT_STEPS
+            self._release()
             found = self._settle(front, rounds, steps)
             while found:
                 yield found.pop(0)
@@ -92,10 +96,11 @@ class Chains:
             kept = self._kept([(rank, nnz)])
             passes = max(1, round(self.n_iter * min(max(2 * kept - 0.6, FIRST_PASSES[0]), FIRST_PASSES[1])))
             fits.append(alternate(self.w, self.groups, rank, nnz, passes, 1e-5, self.generator, start))
-        q = self._padded([torch.linalg.qr(fit.u).Q for fit in fits])
-        low = torch.cat([torch.bmm(fit.u, fit.v) for fit in fits])
-        d = torch.cat([fit.sparse.to_dense(self.w.shape) for fit in fits])
-        front = Front(points, q, self._times_h(low), d, torch.zeros_like(d))
+        q = [torch.linalg.qr(fit.u).Q for fit in fits]
+        v = [torch.bmm(torch.bmm(own.mT, fit.u), fit.v) for own, fit in zip(q, fits, strict=True)]
+        d = _joined([fit.sparse.to_dense(self.w.shape) for fit in fits])
+        front = Front(points, _padded(q, 2), self._times_h(_padded(v, 1)), d, torch.zeros_like(d))
+        del d
         for rho in PENALTIES:
             self._resolve(rho)
             front = self._sweeps(front, max(1, self._count(FIRST_SWEEPS, FIRST_SWEEPS / 2, points)))
@@ -103,46 +108,49 @@ class Chains:
 
     def _next(self, front: Front, going: list[int], points: list[Point]) -> Front:
         """From the fits of the chains that go on, with a constant penalty that lets the gradient compete with S."""
-        q, low_h, d, z = [], [], [], []
-        for c, (rank, _) in zip(going, points, strict=True):
-            own = slice(c * self.groups, (c + 1) * self.groups)
-            u, v, v_h = (t[own, ..., : front.points[c][0]] for t in (front.q, front.v.mT, front.v_h.mT))
+        q, v_h = [], []
+        owns = [slice(c * self.groups, (c + 1) * self.groups) for c in going]
+        for c, own, (rank, _) in zip(going, owns, points, strict=True):
+            u, v, vh = (t[own, ..., : front.points[c][0]] for t in (front.q, front.v.mT, front.v_h.mT))
             if rank < u.shape[2]:  # the leading components under H
-                turn = torch.linalg.eigh(torch.bmm(v_h.mT, v)).eigenvectors[..., u.shape[2] - rank :]
-                u, v_h = torch.bmm(u, turn), torch.bmm(v_h, turn)
+                turn = torch.linalg.eigh(torch.bmm(vh.mT, v)).eigenvectors[..., u.shape[2] - rank :]
+                u, vh = torch.bmm(u, turn), torch.bmm(vh, turn)
             q.append(u)
-            low_h.append(torch.bmm(u, v_h.mT))
-            d.append(front.d[own])
-            z.append(front.z[own])
-        front = Front(points, self._padded(q), *map(torch.cat, (low_h, d, z)))
+            v_h.append(vh.mT)
+        d, z = front.d, front.z
+        if len(going) < len(front.points):
+            d, z = (torch.cat([t[own] for own in owns]) for t in (d, z))
+        front.d = front.z = None
+        front = Front(points, _padded(q, 2), _padded(v_h, 1), d, z)
+        del d, z
         for rho, sweeps, more in NEXT:
             if count := self._count(sweeps, more, points):
                 self._resolve(rho)
                 front = self._sweeps(front, count)
         return front
 
-    def _padded(self, parts: list[Tensor]) -> Tensor:
-        most = max(part.shape[2] for part in parts)
-        return torch.cat([torch.nn.functional.pad(part, (0, most - part.shape[2])) for part in parts])
-
     # The sweeps ---------------------------------------------------------------------------------------------------
 
     def _sweeps(self, front: Front, count: int) -> Front:
-        q, low_h, d, rho = front.q, front.low_h, front.d, self.rho
+        q, v_h, d, e, rho = front.q, front.v_h, front.d, front.z.div_(self.rho), self.rho
+        front.d = front.z = None
         chains, r = len(front.points), front.q.shape[2]
         w, w_h, columns = self._each(self.w, chains), self._each(self.w_h, chains), self._columns(front)
-        e = front.z / rho
         for _ in range(count):
-            near = d - e
-            s = self._product((w_h - low_h).add_(near, alpha=rho), self.resolvent)
+            near = d.sub_(e)
+            spare = torch.add(w_h, near, alpha=rho)
             if r:
-                a_h = torch.sub(s, near, out=near).mul_(rho).add_(low_h)  # (W - S) H
-                q = self._turned(a_h, w - s, q, columns)
-                low_h = torch.bmm(q, torch.bmm(q.mT, a_h))
+                spare.baddbmm_(q, v_h, alpha=-1)
+            s = self._product(spare, self.resolvent)
+            if r:
+                near.sub_(s).mul_(-rho).baddbmm_(q, v_h)  # (W - S) H
+                q = self._turned(near, torch.sub(w, s, out=spare), q, columns)
+                v_h = torch.bmm(q.mT, near)
+            del near
             free = s.add_(e)
-            d = self._largest(free, front.points)
+            d = self._largest(free, front.points, spare)
             e = free.sub_(d)
-        return replace(front, q=q, low_h=low_h, d=d, z=e.mul_(rho))
+        return replace(front, q=q, v_h=v_h, d=d, z=e.mul_(rho))
 
     def _turned(self, a_h: Tensor, a: Tensor, q: Tensor, mask: Tensor | None) -> Tensor:
         """One step of the subspace iteration for A H A^T."""
@@ -158,8 +166,8 @@ class Chains:
         columns = torch.arange(front.q.shape[2], device=front.q.device)
         return (columns < ranks[:, None]).to(front.q.dtype)[:, None, :]
 
-    def _largest(self, x: Tensor, points: list[Point]) -> Tensor:
-        """x without all but the nnz largest entries of each chain (and their equals)."""
+    def _largest(self, x: Tensor, points: list[Point], out: Tensor) -> Tensor:
+        """out <- x without all but the nnz largest entries of each chain (and their equals)."""
         parts = x.view(len(points), 1, -1, x.shape[2])
         if parts[0].numel() <= FEW:
             size = x.abs().view(len(points), -1)
@@ -168,23 +176,26 @@ class Chains:
             least = [ops.topk_csr(part, nnz)[0].abs().amin() for part, (_, nnz) in zip(parts, points, strict=True)]
         below = torch.stack(least)
         below = torch.nextafter(below, torch.zeros_like(below)).tolist()
-        out = torch.empty_like(parts)
-        for part, to, bound in zip(parts, out, below, strict=True):
+        for part, to, bound in zip(parts, out.view_as(parts), below, strict=True):
             torch.hardshrink(part, bound, out=to)  # many times faster than a mask
-        return out.view_as(x)
+        return out
 
     def _resolve(self, rho: float) -> None:
         """(H + rho)^-1 [groups, n, n]; of wide layers only the last one is kept."""
         self.rho = rho
         if rho not in self.resolvents:
-            if self.metric.h.numel() * self.metric.h.element_size() * (len(self.resolvents) + 1) > KEPT_BYTES:
-                self.resolvent = None
-                self.resolvents.clear()
+            self._release(1)
             self.resolvents[rho] = self.metric.resolvent(rho)
         self.resolvent = self.resolvents[rho]
         if self.effort is None:  # by the mean of rho / (lam + rho)
             weak = rho * self.resolvent.diagonal(dim1=1, dim2=2).mean().item()
             self.effort = HARD * max(0.0, weak - EASY)
+
+    def _release(self, more: int = 0) -> None:
+        """Frees the matrices (H + rho)^-1 if they, and some more, are too large to keep."""
+        if self.metric.h.numel() * self.metric.h.element_size() * (len(self.resolvents) + more) > KEPT_BYTES:
+            self.resolvent = None
+            self.resolvents.clear()
 
     def _kept(self, points: list[Point]) -> float:
         """The share of the values, the mean of some points."""
@@ -202,42 +213,44 @@ class Chains:
         """The least-squares fits of L and of the values of S on the support of d. The front becomes theirs."""
         chains, n, tiny = len(front.points), self.w.shape[2], torch.finfo(self.w.dtype).tiny
         eps = 10 * torch.finfo(self.w.dtype).eps
-        patterns, mask = [], torch.zeros_like(front.d)
+        patterns, mask = [], torch.zeros(front.d.shape, dtype=torch.bool, device=front.d.device)
         for c, (part, (_, nnz)) in enumerate(zip(front.d.view(chains, 1, -1, n), front.points, strict=True)):
             _, row_ptr, col_idx = ops.topk_csr(part, nnz)
             index = linear_index(row_ptr, col_idx, n)
-            mask.view(chains, -1)[c, index] = 1.0
+            mask.view(chains, -1)[c, index] = True
             patterns.append((index, row_ptr, col_idx))
-        columns, q, s = self._columns(front), front.q, front.d * mask
-        front.d = front.z = front.low_h = None
+        columns, q, s = self._columns(front), front.q, front.d.mul_(mask)
+        front.d = front.z = None
         rest = self._each(self.w, chains) - s
-        rest_h = self._each(self.w_h, chains) - self._times_h(s)
-        low = low_h = torch.zeros((), dtype=s.dtype, device=s.device)
+        rest_h = self._times_h(s).neg_().add_(self._each(self.w_h, chains))
+        v = v_h = s.new_zeros(len(s), q.shape[2], n)
 
         def factor() -> tuple[Tensor, Tensor, Tensor]:
-            nonlocal rest, rest_h, low, low_h
-            a, a_h = rest + low, rest_h + low_h
-            u = self._turned(a_h, a, q, columns) if q.shape[2] else q
-            v, v_h = torch.bmm(u.mT, a), torch.bmm(u.mT, a_h)
-            low, low_h = torch.bmm(u, v), torch.bmm(u, v_h)
-            rest, rest_h = a.sub_(low), a_h.sub_(low_h)
-            return u, v, v_h
+            """U, V and V H of W - S; `rest` and `rest_h` are that without U V."""
+            rest.baddbmm_(q, v), rest_h.baddbmm_(q, v_h)
+            u = self._turned(rest_h, rest, q, columns)
+            new, new_h = torch.bmm(u.mT, rest), torch.bmm(u.mT, rest_h)
+            rest.baddbmm_(u, new, alpha=-1), rest_h.baddbmm_(u, new_h, alpha=-1)
+            return u, new, new_h
 
-        q, v, v_h = factor()
+        if q.shape[2]:
+            q, v, v_h = factor()
         for _ in range(rounds):
             left = rest_h * mask
-            p, norm = left.clone(), (left * left).sum(2, keepdim=True)
+            p, norm = left.clone(), _dots(left, left)
             for _ in range(steps):
                 p_h = self._times_h(p)
-                curvature = (p * p_h).sum(2, keepdim=True)  # p is 0 off the support
-                flat = curvature <= eps * (p * p).sum(2, keepdim=True)  # where H is singular: nothing but rounding
+                curvature = _dots(p, p_h)  # p is 0 off the support
+                flat = curvature <= eps * _dots(p, p)  # where H is singular: nothing but rounding
                 alpha = torch.where(flat, 0.0, norm / torch.where(flat, 1.0, curvature))
                 s.addcmul_(alpha, p)
                 rest.addcmul_(alpha, p, value=-1)
                 rest_h.sub_(p_h.mul_(alpha))
                 left.sub_(p_h.mul_(mask))
-                before, norm = norm, (left * left).sum(2, keepdim=True)
+                del p_h
+                before, norm = norm, _dots(left, left)
                 p.mul_(norm / before.clamp_min(tiny)).add_(left)
+            del left, p
             if q.shape[2]:
                 q, v, v_h = factor()
         fits = []
@@ -254,11 +267,11 @@ class Chains:
         return x if chains == 1 else x.expand(chains, *x.shape).reshape(-1, *x.shape[1:])
 
     def _product(self, x: Tensor, matrix: Tensor) -> Tensor:
-        """x [chains * groups, m, n] times the matrix of its group."""
+        """x [chains * groups, rows, n] times the matrix of its group."""
         if self.groups == 1:
             return torch.mm(x.view(-1, x.shape[2]), matrix[0]).view_as(x)
-        rows = x.view(-1, *self.w.shape).transpose(0, 1).reshape(self.groups, -1, x.shape[2])
-        moved = torch.bmm(rows, matrix).view(self.groups, -1, *self.w.shape[1:])
+        rows = x.view(-1, self.groups, *x.shape[1:]).transpose(0, 1).reshape(self.groups, -1, x.shape[2])
+        moved = torch.bmm(rows, matrix).view(self.groups, -1, *x.shape[1:])
         return moved.transpose(0, 1).reshape(x.shape)
 
     def _times_h(self, x: Tensor) -> Tensor:
@@ -268,3 +281,20 @@ class Chains:
         columns, ridge = self._each(metric.columns, chains), self._each(metric.ridge, chains)
         x = x / columns
         return self._product(x, metric.h).add_(x.mul_(ridge)).div_(columns)
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _padded(parts: list[Tensor], dim: int) -> Tensor:
+    """Joined, with zeros where one is shorter than another along `dim`, 1 or 2."""
+    most = max(part.shape[dim] for part in parts)
+    ahead = [0] * (2 * (2 - dim) + 1)
+    return _joined([torch.nn.functional.pad(part, (*ahead, most - part.shape[dim])) for part in parts])
+
+
+def _dots(a: Tensor, b: Tensor) -> Tensor:
+    """Products of the rows [.., rows, 1], some rows at a time."""
+    parts = zip(a.split(ROWS, 1), b.split(ROWS, 1), strict=True)
+    return torch.cat([(x * y).sum(2, keepdim=True) for x, y in parts], 1)

@@ -134,5 +134,4 @@ def stacks(batch: Sequence[Problem]) -> tuple[Tensor, Tensor | None, Tensor | No
         moved = [t.to(device, dtype) for t in tensors]
         return moved[0] if len(moved) == 1 else torch.cat(moved)
 
-    h, g = joined([problem.h for problem in batch]), joined([problem.g for problem in batch])
-    return torch.stack([problem.weight.to(device, dtype) for problem in batch]), h, g
+    return tuple(joined(list(parts)) for parts in zip(*((p.weight[None], p.h, p.g) for p in batch), strict=True))

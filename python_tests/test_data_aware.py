@@ -355,7 +355,7 @@ from cmd_ext import decompose, decompose_path
 def status(key):
     return int(next(line for line in open("/proc/self/status") if line.startswith(key)).split()[1]) << 10
 
-m, n = 32, 2400
+m, n = 240, 2400
 g = torch.Generator().manual_seed(0)
 w, x = torch.randn(m, n, generator=g), torch.randn(n + 100, n, generator=g)
 h = x.T @ x / len(x)
@@ -370,17 +370,17 @@ for fit in (lambda w, h: decompose(w, rank=2, nnz=w.numel() // 5, second_moment=
     open("/proc/self/clear_refs", "w").write("5")
     before = status("VmRSS")
     fit(w, h)
-    print((status("VmHWM") - before - 40 * 4 * w.numel()) / (4 * h.numel()))
+    print((status("VmHWM") - before - 4 * h.numel()) / (4 * w.numel()))
 """
 
 
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the peak is read from Linux's /proc")
-def test_the_memory_of_a_fit_is_three_times_that_of_its_moment():
-    """Two more of its size beside the caller's, and some of the weight's."""
+def test_a_fit_takes_little_memory_beside_its_moment():
+    """One more of its size, ten times the weight's here, and up to ten of the weight's."""
     run = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True)
     used = [float(line) for line in run.stdout.split()]
     assert len(used) == 3
-    assert max(used) < 2, used
+    assert max(used) < 10 + 11, used
 
 
 @pytest.mark.parametrize(
