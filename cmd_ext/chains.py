@@ -270,8 +270,13 @@ class Chains:
         """x [chains * groups, rows, n] times the matrix of its group."""
         if self.groups == 1:
             return torch.mm(x.view(-1, x.shape[2]), matrix[0]).view_as(x)
-        rows = x.view(-1, self.groups, *x.shape[1:]).transpose(0, 1).reshape(self.groups, -1, x.shape[2])
-        moved = torch.bmm(rows, matrix).view(self.groups, -1, *x.shape[1:])
+        chains = len(x) // self.groups
+        rows = (
+            x.view(chains, self.groups, *x.shape[1:])
+            .transpose(0, 1)
+            .reshape(self.groups, chains * x.shape[1], x.shape[2])
+        )
+        moved = torch.bmm(rows, matrix).view(self.groups, chains, *x.shape[1:])
         return moved.transpose(0, 1).reshape(x.shape)
 
     def _times_h(self, x: Tensor) -> Tensor:

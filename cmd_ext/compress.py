@@ -30,6 +30,7 @@ from .targets import Goal, Network, Problem
 
 SEARCHES = ("cmd", "allocate", "uniform")
 
+ROOM = 1.25  # times the least time: below that, layers may go even where no data tell which
 PASSES = 18  # over the calibration data, of a sequential fit that nobody asked for
 
 _log = distributed.logger(__name__)
@@ -190,10 +191,6 @@ def compress(
         if form == "auto" and (search == "uniform" or (batches and data_aware)):
             form = "channel"
         layers, pinned = layers_of(dense, chosen, overrides, profile, form, timed)
-        if timed and search != "uniform":  # what a call takes at least is no matter of ranks
-            inputs = batches[0][0] if batches else example_inputs
-            spare = distributed.first_rank_does(lambda: bypassed(dense, [layer.name for layer in layers], inputs))
-            layers = [replace(layer, removable=layer.name in spare) for layer in layers]
         facts = {"layers": layers, "pinned": pinned, "skipped": skipped, "goal": goal, "profile": profile}
         facts |= {"constraints": constraints}
         facts |= {"batches": batches, "reference": reference, "evaluate": evaluate, "example_inputs": example_inputs}
@@ -286,6 +283,10 @@ class _Job:
         problem = Problem(free, None, fixed, coefficient, round_to)
         if search != "uniform":
             problem.curves = curves.sizes(free, round_to)
+            if "latency" in goal.limits:
+                spare = distributed.first_rank_does(lambda: self.removable(problem))
+                problem.layers = free = [replace(layer, removable=layer.name in spare) for layer in free]
+                problem.curves = curves.sizes(free, round_to)
         if "latency" in goal.limits:
             problem.ratio = distributed.first_rank_does(lambda: self.ratio(problem))
         targets.log_limits(goal, problem)
@@ -309,10 +310,28 @@ class _Job:
         problem.curves, problem.reasons, trade_off = distributed.first_rank_does(prepared)
         return problem, trade_off
 
+    def removable(self, problem: Problem) -> set[str]:
+        """The layers that may go altogether under a limit on time: what a call takes at least is no matter of ranks.
+
+        Without data nothing tells what the network makes of that; so then there are none, unless the limit is so near
+        the least time that next to nothing would be left of any layer.
+        """
+        limit, least = self.goal.limits["latency"], ROOM * problem.smallest("latency")
+        if not self.batches and limit > least:
+            return set()
+        inputs = self.batches[0][0] if self.batches else self.example_inputs
+        found = bypassed(self.dense, [layer.name for layer in problem.layers], inputs)
+        if found and not self.batches and limit > least * self.measured_ratio(problem):
+            return set()
+        return found
+
     def ratio(self, problem: Problem) -> float:
         """Measured / predicted time of the fastest network, if by prediction it is too slow; else 1."""
-        if problem.smallest("latency") <= self.goal.limits["latency"]:
-            return 1.0
+        within = problem.smallest("latency") <= self.goal.limits["latency"]
+        return 1.0 if within else self.measured_ratio(problem)
+
+    def measured_ratio(self, problem: Problem) -> float:
+        """Measured / predicted time of the fastest network."""
         choice = problem.fastest()
         plan = replace(self.plan(choice, {}), n_iter=1, sequential=0)  # however it is fitted, it takes the same time
         network, _ = fit_plan(copy.deepcopy(self.dense), plan, [], self.memory, self.seed, False)

@@ -88,6 +88,9 @@ class Stats:
         to_weights = [layer.name for layer in self.layers if layer.fitted_to == "weights"]
         if errors and to_weights:
             lines.append(f"fitted to their weights, which gave no larger output error: {', '.join(to_weights)}")
+        gone = [layer.name for layer in self.layers if layer.rank == layer.nnz == 0]
+        if gone:
+            lines.append(f"without U V and S, as something leads past them: {', '.join(gone)}")
         if self.score[0] is not None:
             lines.append(f"score: {self.score[0]:.4f} dense, {self.score[1]:.4f} compressed")
         if self.probes:

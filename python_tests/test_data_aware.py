@@ -433,6 +433,12 @@ def ratios(w, points, groups=1, **given) -> list[float]:
     return found
 
 
+@pytest.mark.parametrize("groups", [1, 2])
+def test_a_path_of_sparse_fits_alone(groups):
+    w, h = weight(24, 72, 17), torch.stack([moment(72, 17 + i, fall=0.5) for i in range(groups)])
+    assert max(ratios(w, [(0, 300), (0, 100)], groups=groups, second_moment=h[0] if groups == 1 else h)) < 1.1
+
+
 @pytest.mark.parametrize("moments", ["none", "diagonal", "full", "output", "both"])
 @pytest.mark.parametrize("groups", [1, 2])
 def test_a_path_gives_every_point_about_its_single_fit(moments, groups):

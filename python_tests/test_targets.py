@@ -128,6 +128,7 @@ def test_where_time_runs_out_layers_go_that_something_leads_past(net, clock, tmp
     assert 1 <= len(gone) <= 3
     assert result.stats.latency["met"]
     assert 2 < result.stats.latency["measured"] < 2.5 * 1.1
+    assert f"without U V and S, as something leads past them: {', '.join(gone)}\n" in f"{result.stats}\n"
     x = X.clone().requires_grad_()
     y = result.model(x)
     y.sum().backward()
@@ -136,8 +137,23 @@ def test_where_time_runs_out_layers_go_that_something_leads_past(net, clock, tmp
     torch.testing.assert_close(again(X), y)
     cmd_ext.save(result.model, tmp_path / "net.safetensors")
     assert torch.equal(cmd_ext.load(tmp_path / "net.safetensors", Residual().eval())(X), result.model(X))
-    sizes = run(Residual().eval(), constraints={"params": "5%"}).plan.layers.values()
-    assert all(entry["rank"] + entry["nnz"] > 0 for entry in sizes), "only where time counts"
+    for limit in ({"latency": "90%"}, {"params": "5%"}):  # where time is no matter, or not yet
+        sizes = run(Residual().eval(), constraints=limit).plan.layers.values()
+        assert all(entry["rank"] + entry["nnz"] > 0 for entry in sizes)
+
+
+def test_data_tell_which_layers_may_go(clock):
+    clock.compressed = lambda name, share: 0.5 + share if share else 0.05
+    clock.predicted = lambda work: {
+        "fused": 1e-3 * clock.compressed("", share_of(work.m, work.n, work.rank, work.nnz)),
+        "dense": 1e-3,
+    }
+    residual = Residual().eval()
+    with torch.no_grad():
+        residual.layers[1].weight *= 0.01
+    result = run(residual, constraints={"latency": "85%"}, calibration=[X], search="allocate", data_aware=False)
+    gone = [name for name, sizes in result.plan.layers.items() if sizes["rank"] == sizes["nnz"] == 0]
+    assert gone == ["layers.1"]
 
 
 @pytest.mark.parametrize("search", ["allocate", "uniform"])

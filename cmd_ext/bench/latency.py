@@ -65,7 +65,9 @@ def latency_row(run: Run, name: str) -> Row:
         Goal("latency", f"{title}: how far off", NEAR, lambda row: abs(1 / row.ratio / SHARE - 1), True),
         Goal("slower", f"{title}: layers slower than dense", 0.0, lambda row: float(slower), True),
     )
-    note = f"{targets.latency_text(result.stats.latency)}; {len(layers)} layers compressed, {slower} slower than dense"
+    gone = sum(row.rank == row.nnz == 0 for row in layers)
+    counts = f"{len(layers)} layers compressed, {gone} of them to nothing, {slower} slower than dense"
+    note = f"{targets.latency_text(result.stats.latency)}; {counts}"
     case = Case(
         title,
         {"": lambda: result.model(x)},
