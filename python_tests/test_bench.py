@@ -407,7 +407,8 @@ def test_a_row_of_latency_tells_target_and_measurement(monkeypatch, small_networ
     row = latency.latency_row(Run(seconds=0.1), "small")
     assert row.name == "small, batch 8, latency=90%"
     assert re.match(
-        r"target [\d.]+ ms, predicted [\d.]+ ms, measured .* layers compressed, 0 slower than dense", row.note
+        r"target [\d.]+ ms, predicted [\d.]+ ms, measured .* layers compressed, 0 of them to nothing, 0 slower",
+        row.note,
     )
     far, slower = row.reached()
     assert far["reached"] == pytest.approx(abs(row.ours.p50 / (0.9 * row.theirs) - 1))
