@@ -1,12 +1,14 @@
-"""The weight-only fit: alternation between a low-rank and a sparse projection, as decompose.py tells."""
+"""The weight-only fits: alternation between a low-rank and a sparse projection, as decompose.py tells."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from . import ops
-from .projections import Fit, Sparse, leading_part
+from .projections import Fit, Sparse, keep_largest, leading_part, own_columns
 
 
 def alternate(
@@ -64,6 +66,48 @@ def alternate(
             going, kept = None if going.all() else going, (u, v, s)
         u, v = follow(s)
     return Fit(u, v, s, history)
+
+
+def alternate_together(
+    w: Tensor, points: Sequence[tuple[int, int]], passes: Sequence[int], generator
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The annealed fits of one weight [groups, m, n] at several (rank, nnz), in one batch and without an early stop.
+
+    Args:
+        passes: of each point.
+
+    Returns:
+        u [points * groups, m, r] with orthonormal columns, v [.., r, n], of the largest rank and with zeros beyond a
+        point's own; S as a dense [.., m, n].
+    """
+    ranks, groups = [rank for rank, _ in points], len(w)
+    start = torch.linalg.qr(leading_part(w, max(ranks), generator)[0]).Q if any(ranks) else w[:, :, :0]
+    parts, order = [], []
+    for count in sorted({*passes}):
+        members = [i for i, own in enumerate(passes) if own == count]
+        parts.append(_annealed(w, start, [points[i] for i in members], count))
+        order += [i * groups + g for i in members for g in range(groups)]
+    if len(parts) == 1:
+        return parts[0]
+    back = torch.tensor(order, device=w.device).argsort()
+    return tuple(torch.cat(tensors)[back] for tensors in zip(*parts, strict=True))
+
+
+def _annealed(w: Tensor, start: Tensor, points: Sequence[tuple[int, int]], passes: int):
+    """From u = start, of which each point takes its own columns."""
+    each, u = (x if len(points) == 1 else x.repeat(len(points), 1, 1) for x in (w, start))
+    mask = own_columns([rank for rank, _ in points], len(w), start)
+    u = u if mask is None else u * mask
+    v, s, rest = torch.bmm(u.mT, each), torch.empty_like(each), torch.empty_like(each)
+    for t in range(1, passes + 1):
+        torch.baddbmm(each, u, v, alpha=-1, out=rest)
+        s = keep_largest(rest, [nnz * min(2 * t, passes) // passes for _, nnz in points], s)
+        if t == passes:
+            return u, v, s
+        torch.sub(each, s, out=rest)
+        u = torch.linalg.qr(torch.bmm(rest, v.mT)).Q
+        u = u if mask is None else u.mul_(mask)
+        v = torch.bmm(u.mT, rest)
 
 
 def _chosen(going: Tensor, new: tuple[Tensor, Tensor, Sparse], kept: tuple[Tensor, Tensor, Sparse]):

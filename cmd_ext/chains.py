@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .alternation import alternate
+from .alternation import alternate_together
 from .metric import Metric
-from .projections import Fit, Sparse, leading_part, linear_index
+from .projections import Fit, Sparse, keep_largest, linear_index, own_columns
 
 Point = tuple[int, int]  # rank, nnz
 # A chain's first fit: passes without data (more of them where more is kept), the penalties (for a unit diagonal of H),
@@ -32,7 +32,6 @@ NEXT = (0.1, 0.0, 0.1), (0.25, 0.3, 0.2), (0.6, 0.15, 0.2)
 NEXT_STEPS = 3
 EASY, HARD = 0.1, 10.0  # the share of weak directions of H that asks for no more sweeps, and how many more above it
 SMALL, LARGE = 0.4, 3.0  # the same of the share that is kept
-FEW = 1 << 13  # entries up to which a selection in torch is cheaper than a call of the operator
 KEPT_BYTES = 4 << 20  # of matrices (H + rho)^-1
 ROWS = 64  # of which products are summed together
 
@@ -88,19 +87,12 @@ class Chains:
 
     def _first(self, points: list[Point]) -> Front:
         """From fits without data, with a penalty that grows."""
-        most = max(rank for rank, _ in points)
-        u, v = leading_part(self.w, most, self.generator) if most else (None, None)
-        fits = []
-        for rank, nnz in points:
-            start = (u[:, :, :rank], v[:, :rank]) if rank else None
-            kept = self._kept([(rank, nnz)])
-            passes = max(1, round(self.n_iter * min(max(2 * kept - 0.6, FIRST_PASSES[0]), FIRST_PASSES[1])))
-            fits.append(alternate(self.w, self.groups, rank, nnz, passes, 1e-5, self.generator, start))
-        q = [torch.linalg.qr(fit.u).Q for fit in fits]
-        v = [torch.bmm(torch.bmm(own.mT, fit.u), fit.v) for own, fit in zip(q, fits, strict=True)]
-        d = _joined([fit.sparse.to_dense(self.w.shape) for fit in fits])
-        front = Front(points, _padded(q, 2), self._times_h(_padded(v, 1)), d, torch.zeros_like(d))
-        del d
+        kept = [self._kept([point]) for point in points]
+        shares = [min(max(2 * share - 0.6, FIRST_PASSES[0]), FIRST_PASSES[1]) for share in kept]
+        passes = [max(1, 2 * round(self.n_iter * share / 2)) for share in shares]
+        q, v, d = alternate_together(self.w, points, passes, self.generator)
+        front = Front(points, q, self._times_h(v), d, torch.zeros_like(d))
+        del d, v
         for rho in PENALTIES:
             self._resolve(rho)
             front = self._sweeps(front, max(1, self._count(FIRST_SWEEPS, FIRST_SWEEPS / 2, points)))
@@ -134,7 +126,7 @@ class Chains:
     def _sweeps(self, front: Front, count: int) -> Front:
         q, v_h, d, e, rho = front.q, front.v_h, front.d, front.z.div_(self.rho), self.rho
         front.d = front.z = None
-        chains, r = len(front.points), front.q.shape[2]
+        chains, r, nnz = len(front.points), front.q.shape[2], [nnz for _, nnz in front.points]
         w, w_h, columns = self._each(self.w, chains), self._each(self.w_h, chains), self._columns(front)
         for _ in range(count):
             near = d.sub_(e)
@@ -148,7 +140,7 @@ class Chains:
                 v_h = torch.bmm(q.mT, near)
             del near
             free = s.add_(e)
-            d = self._largest(free, front.points, spare)
+            d = keep_largest(free, nnz, spare)
             e = free.sub_(d)
         return replace(front, q=q, v_h=v_h, d=d, z=e.mul_(rho))
 
@@ -158,27 +150,7 @@ class Chains:
         return q if mask is None else q.mul_(mask)
 
     def _columns(self, front: Front) -> Tensor | None:
-        """[chains * groups, 1, r]: 1 for a chain's own columns of q; None where all have them all."""
-        ranks = [rank for rank, _ in front.points]
-        if min(ranks) == front.q.shape[2]:
-            return None
-        ranks = torch.tensor(ranks, device=front.q.device).repeat_interleave(self.groups)
-        columns = torch.arange(front.q.shape[2], device=front.q.device)
-        return (columns < ranks[:, None]).to(front.q.dtype)[:, None, :]
-
-    def _largest(self, x: Tensor, points: list[Point], out: Tensor) -> Tensor:
-        """out <- x without all but the nnz largest entries of each chain (and their equals)."""
-        parts = x.view(len(points), 1, -1, x.shape[2])
-        if parts[0].numel() <= FEW:
-            size = x.abs().view(len(points), -1)
-            least = [part.kthvalue(len(part) + 1 - nnz).values for part, (_, nnz) in zip(size, points, strict=True)]
-        else:
-            least = [ops.topk_csr(part, nnz)[0].abs().amin() for part, (_, nnz) in zip(parts, points, strict=True)]
-        below = torch.stack(least)
-        below = torch.nextafter(below, torch.zeros_like(below)).tolist()
-        for part, to, bound in zip(parts, out.view_as(parts), below, strict=True):
-            torch.hardshrink(part, bound, out=to)  # many times faster than a mask
-        return out
+        return own_columns([rank for rank, _ in front.points], self.groups, front.q)
 
     def _resolve(self, rho: float) -> None:
         """(H + rho)^-1 [groups, n, n]; of wide layers only the last one is kept."""

@@ -23,10 +23,8 @@ from .projections import Fit, Sparse, leading_part, linear_index
 # The penalty rho of the first and of the last sweep, for unit diagonals; it grows geometrically. The start wants a weak
 # one, so that the support can still change.
 PENALTY = 0.03, 1.2
-FOLLOW = 2.5  # times the ratio of gradient and values: the constant penalty from one fit to the next
 SWEEPS = 3  # of the ADMM for a pass of the weight-only fit
 ROUNDS, STEPS = 3, 6  # of the alternation on the support, and of conjugate gradients in each
-FEW_STEPS = 3  # where one round must do
 
 
 class DataAware:
@@ -39,7 +37,6 @@ class DataAware:
     def __init__(self, metric: Metric, w: Tensor, groups: int) -> None:
         self.metric, self.w, self.groups = metric, w, groups
         self.turned = metric.rotate(w)
-        self.rho: Tensor | None = None
         self.norm = self._error(self.turned).clamp_min(torch.finfo(torch.float64).tiny)
         self.whole = metric.loss(w).view(-1, groups).sum(1).clamp_min(torch.finfo(w.dtype).tiny)
 
@@ -58,56 +55,6 @@ class DataAware:
         self.begin(start)
         history = [self.sweep(rho) for rho in penalties(sweeps, *PENALTY)]
         return self.better(self.polish(history, ROUNDS, STEPS), start)
-
-    def truncated(self, fit: Fit, rank: int) -> tuple[Tensor, Tensor]:
-        """The leading `rank` components of U V under H."""
-        gram = torch.bmm(self.metric.times_h(fit.v), fit.v.mT)
-        turn = torch.linalg.eigh(gram).eigenvectors[..., -rank:] if rank else gram[..., :0]
-        return torch.bmm(fit.u, turn), torch.bmm(turn.mT, fit.v)
-
-    def follow(self, near: Fit, u: Tensor, v: Tensor, nnz: int, sweeps: int) -> Fit:
-        """From S and the gradient of a fit of other sizes, and an L = U V of the wanted rank.
-
-        With a constant penalty rho, S = (W H - L H - Z + rho D) (H + rho)^-1 is one product, and S H follows from it
-        without another. Not for a full G.
-        """
-        metric, w = self.metric, self.w
-        d = near.sparse.to_dense(w.shape)
-        z = metric.times_h(torch.baddbmm(w, near.u, near.v, alpha=-1).sub_(d))
-        rho = self._resolve(near, z)
-        q = torch.linalg.qr(u).Q
-        low_h = torch.bmm(u, metric.times_h(v))
-        for _ in range(sweeps):
-            rest = (self.w_h - low_h).sub_(z).add_(rho * d)
-            s = torch.bmm(rest, self.resolvent)
-            if q.shape[2]:
-                a_h = self.w_h - rest.sub_(rho * s)
-                q = torch.linalg.qr(torch.bmm(a_h, torch.bmm((w - s).mT, q))).Q
-                low_h = torch.bmm(q, torch.bmm(q.mT, a_h))
-            free = s + z / rho
-            d = self._largest(free, nnz)
-            z = rho * (free - d)
-        self.q, self.copy, self.nnz = q, d, nnz
-        return self.polish([], 1, FEW_STEPS)
-
-    def _resolve(self, near: Fit, z: Tensor) -> Tensor:
-        """The penalty [b, 1, 1] that lets Z / rho off the support compete with D on it, and (H + rho)^-1 for it.
-
-        One near that of the last call is taken again, with its resolvent.
-        """
-        values = near.sparse.values.abs()
-        small = values.kthvalue(1 + values.shape[1] // 100, 1).values
-        size = z.square().view(len(values), -1).mean(1).sqrt()
-        rho = (FOLLOW * size / small.clamp_min(torch.finfo(z.dtype).tiny)).clamp(0.03, 1.5)
-        rho = rho.repeat_interleave(self.groups)[:, None, None]
-        if self.rho is None or ((rho / self.rho).log().abs() > 0.4).any():
-            basis, shifted = self.metric.basis, self.metric.lam + rho
-            self.rho, self.resolvent = rho, None  # frees the old one
-            self.resolvent = torch.zeros_like(basis)
-            for part, scale in zip(basis.split(256, 2), shifted.split(256, 2), strict=True):
-                self.resolvent.baddbmm_(part / scale, part.mT)
-            self.w_h = self.metric.times_h(self.w)
-        return self.rho
 
     def begin(self, fit: Fit) -> None:
         """Starts the sweeps from a fit."""

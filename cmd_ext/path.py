@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .alternation import alternate
-from .chains import FEW, Chains, Point
+from .alternation import alternate, alternate_together
+from .chains import Chains, Point
 from .data_aware import SWEEPS, DataAware
 from .decompose import DAMPING, Decomposition, Sizes, check_sizes, results_of
 from .metric import Metric
 from .problems import problems, stacks
-from .projections import Fit, Sparse, leading_part
+from .projections import FEW, Fit, Sparse, leading_part
 
 APART = 0.1  # shares of S that differ by more belong to chains of their own
 TOGETHER = 1 << 19  # entries of the weights of chains that go in step
@@ -144,7 +144,7 @@ class Path:
     def _chains(self, points: set[Point]) -> list[list[Point]]:
         """By falling number of parameters, none with a growing rank."""
         if self.blocks.numel() <= FEW:
-            return [[point] for point in points]
+            return [[point] for point in sorted(points)]
         chains: list[list[Point]] = []
         for point in sorted(points, key=lambda p: (-self._cost(p), p)):
             near = [c for c in chains if c[-1][0] >= point[0] and self._apart(c[0], point) <= APART]
@@ -169,14 +169,31 @@ class Path:
             yield (rank, nnz), aware.improve(start, SWEEPS * self.n_iter)
 
     def _without_data(self, chains: list[list[Point]]) -> Iterator[tuple[Point, Fit]]:
-        """The more is kept the more passes a fit takes."""
+        if self.blocks.numel() <= FEW:
+            yield from self._together([point for chain in chains for point in chain])
+            return
         most = max(rank for points in chains for rank, _ in points)
         u, v = leading_part(self.blocks, most, self.generator) if most else (self.blocks[:, :, :0],) * 2
         for points in chains:
             near = None
-            for rank, nnz in points:
-                kept, start = self._cost((rank, nnz)) / self.w.numel(), (u[:, :, :rank], v[:, :rank])
-                share = min(max(0.5, 2 * kept - 0.5), 1.0) if near is None else kept / 5
-                options = max(1, int(self.n_iter * share)), 1e-5, self.generator, start
+            for point in points:
+                rank, nnz = point
+                passes = self._passes(point) if near is None else max(1, int(self.n_iter * self._kept(point) / 5))
+                options = passes, 1e-5, self.generator, (u[:, :, :rank], v[:, :rank])
                 near = alternate(self.blocks, self.groups, rank, nnz, *options, near and near.sparse)
-                yield (rank, nnz), near
+                yield point, near
+
+    def _together(self, points: list[Point]) -> Iterator[tuple[Point, Fit]]:
+        passes = [self._passes(point) for point in points]
+        u, v, s = alternate_together(self.blocks, points, passes, self.generator)
+        for i, (rank, nnz) in enumerate(points):
+            own = slice(i * self.groups, (i + 1) * self.groups)
+            sparse = Sparse(*ops.topk_csr(s[own].reshape(self.w.shape), nnz))
+            yield (rank, nnz), Fit(u[own, :, :rank], v[own, :rank], sparse, [])
+
+    def _kept(self, point: Point) -> float:
+        return self._cost(point) / self.w.numel()
+
+    def _passes(self, point: Point) -> int:
+        """Of a fit that stands alone: the more is kept the more."""
+        return max(1, 2 * int(self.n_iter * min(max(0.5, 2 * self._kept(point) - 0.5), 1.0) / 2))

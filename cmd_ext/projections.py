@@ -1,7 +1,8 @@
-"""The projections that the fits alternate between: the leading part of rank r, and S as CSR."""
+"""The projections that the fits alternate between: the leading part of rank r, and S as CSR or densely."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from . import ops
 
 EXACT_SIDE = 1024  # up to this short side the leading part is exact: its cost is a few passes
+FEW = 1 << 13  # entries up to which the calls cost more than what they compute
 
 
 @dataclass
@@ -71,3 +73,39 @@ def leading_part(w: Tensor, rank: int, generator: torch.Generator | None = None)
     oversample = min(m, n) if min(m, n) <= EXACT_SIDE else 8
     u, s, vh = ops.truncated_svd(w, rank, n_iter=4, oversample=oversample, generator=generator)
     return u, s[..., None] * vh
+
+
+def keep_largest(x: Tensor, nnz: Sequence[int], out: Tensor) -> Tensor:
+    """out <- x [b, m, n] without all but the nnz[i] >= 0 largest entries (and their equals) of each matrix."""
+    parts = x.reshape(len(nnz), 1, -1)
+    if parts.shape[2] > FEW:
+        for part, to, count in zip(parts, out.view_as(parts), nnz, strict=True):
+            if count == 0:
+                to.zero_()
+                continue
+            below = ops.topk_csr(part[None], count)[0].abs().amin()
+            below = torch.nextafter(below, torch.zeros_like(below)).item()
+            torch.hardshrink(part, below, out=to)  # many times faster than a mask
+        return out
+    most, size = max(nnz), parts.abs()
+    if most == 0:
+        return out.zero_()
+    if min(nnz) < most:  # one selection for all: what a matrix wants less it gets as infinities, which are the largest
+        absent = torch.tensor([most - count for count in nnz], device=x.device)
+        place = torch.arange(most - min(nnz), device=x.device)
+        filling = torch.where(place < absent[:, None, None], torch.inf, 0.0).to(x.dtype)
+        size = torch.cat([size, filling], 2)
+    least = ops.topk_csr(size, most)[0].amin(1)
+    torch.abs(parts, out=out.view_as(parts)).ge_(least[:, None, None]).mul_(parts)  # many times faster than with bool
+    return out
+
+
+def own_columns(ranks: Sequence[int], groups: int, u: Tensor) -> Tensor | None:
+    """[len(ranks) * groups, 1, r], 1 for the first rank columns of each and 0 beyond, r those of u [.., m, r].
+
+    None if all have all of them.
+    """
+    if min(ranks) == u.shape[2]:
+        return None
+    own = torch.tensor(ranks, device=u.device).repeat_interleave(groups)
+    return (torch.arange(u.shape[2], device=u.device) < own[:, None]).to(u.dtype)[:, None, :]

@@ -257,7 +257,7 @@ def spatial_row(run: Run, folder: Path) -> Row:
 # With data ----------------------------------------------------------------------------------------------------------
 
 BUDGETS, COEFFICIENTS = (0.05, 0.08, 0.12, 0.16, 0.2, 0.3, 0.4, 0.5), (1.0, 0.85, 0.7, 0.5)
-MIDDLE = 0.2, 0.7  # a fit of both branches
+MIDDLE = 0.2, 0.7  # a fit of both branches, if the rank is at least one
 
 
 def data_aware_rows(run: Run, folder: Path | None) -> Iterator[Row]:
@@ -270,7 +270,9 @@ def data_aware_rows(run: Run, folder: Path | None) -> Iterator[Row]:
         print(f"decompose: the rows with data are skipped: {error}", file=sys.stderr)
         return
     yield network_row(run, layers)
-    yield path_row(run, "ResNet-56 layer3.4.conv1 with data", *layers["layer3.4.conv1"])
+    for name in ("layer1.4.conv1", "layer2.4.conv1", "layer3.4.conv1"):
+        w, h = layers[name]
+        yield path_row(run, f"ResNet-56 {name}, {w.shape[0]}x{w.shape[1]}, with data", w, h)
 
 
 def resnet56_layers(folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
@@ -346,11 +348,14 @@ def path_row(run: Run, what: str, w: Tensor, h: Tensor | None) -> Row:
         mean, middle = sum(ratios) / len(ratios), ratios[len(ratios) // 2]
         return f"errors over those of single fits: median {middle:.3f}, mean {mean:.3f}, worst {ratios[-1]:.3f}"
 
+    rank, nnz = split_budget(*w.shape, *MIDDLE)
+    if rank == 0:
+        rank, nnz = 1, nnz - sum(w.shape)
+
     def one() -> list[float]:
-        rank, nnz = split_budget(*w.shape, *MIDDLE)
         return [error(cmd_ext.decompose(w, rank=rank, nnz=nnz, second_moment=h))]
 
-    rival, single = f"{len(points)} single fits", f"one fit, budget {MIDDLE[0]}, coefficient {MIDDLE[1]}"
+    rival, single = f"{len(points)} single fits", f"one fit, rank {rank}, nnz {nnz}"
     name = f"decompose_path {what}, {len(points)} sizes"
     goal = Goal("D9", f"{name}: cost in times of {single}", 4.0, lambda row: 1 / row.over(single), at_most=True)
     options = {"checked": False, "goals": (goal,), "unit": "cpu s", "clock": time.process_time, "note": note}
