@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .projections import Fit, Sparse, keep_largest, leading_part, own_columns
+from .projections import Fit, Largest, Sparse, leading_part, own_columns
 
 
 def alternate(
@@ -101,7 +101,7 @@ def _annealed(w: Tensor, start: Tensor, points: Sequence[tuple[int, int]], passe
     v, s, rest = torch.bmm(u.mT, each), torch.empty_like(each), torch.empty_like(each)
     for t in range(1, passes + 1):
         torch.baddbmm(each, u, v, alpha=-1, out=rest)
-        s = keep_largest(rest, [nnz * min(2 * t, passes) // passes for _, nnz in points], s)
+        s = Largest([nnz * min(2 * t, passes) // passes for _, nnz in points], rest).keep(rest, s)
         if t == passes:
             return u, v, s
         torch.sub(each, s, out=rest)

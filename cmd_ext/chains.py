@@ -6,13 +6,14 @@ and S H follows from it without another. From one fit to the next go U, S, and a
 at the former, so that few sweeps suffice.
 
 A wide weight is a tenth of its H, and a fit may not take many of its size: L H stays U (V H), and steps write into what
-the ones before leave. A sweep takes six arrays of the weight's size and the fit on the support ten, W and W H included.
+the ones before leave. With W and W H a sweep takes six arrays of the weight's size and the fit on the support ten.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -20,18 +21,20 @@ from torch import Tensor
 from . import ops
 from .alternation import alternate_together
 from .metric import Metric
-from .projections import Fit, Sparse, keep_largest, linear_index, own_columns
+from .projections import Fit, Largest, Sparse, linear_index, own_columns
 
 Point = tuple[int, int]  # rank, nnz
 # A chain's first fit: passes without data (more of them where more is kept), the penalties (for a unit diagonal of H),
 # the sweeps with each, the rounds of the alternation on the support and the steps of conjugate gradients in each. Then
 # the other fits: penalties with their sweeps and how many more for weak directions of H; steps. Passes and sweeps are
 # times n_iter.
-FIRST_PASSES, PENALTIES, FIRST_SWEEPS, FIRST_ROUNDS, FIRST_STEPS = (0.4, 1.0), (0.04, 0.1, 0.25, 0.6, 1.2), 0.3, 1, 6
-NEXT = (0.1, 0.0, 0.1), (0.25, 0.3, 0.2), (0.6, 0.15, 0.2)
+FIRST_PASSES, PENALTIES, FIRST_SWEEPS = (0.4, 1.0), (0.04, 0.1, 0.25, 0.6, 1.2), (0.2, 0.1)
+FIRST_ROUNDS, FIRST_STEPS = 1, 6
+NEXT = (0.1, 0.0, 0.06), (0.25, 0.3, 0.12), (0.6, 0.15, 0.12)
 NEXT_STEPS = 3
 EASY, HARD = 0.1, 10.0  # the share of weak directions of H that asks for no more sweeps, and how many more above it
 SMALL, LARGE = 0.4, 3.0  # the same of the share that is kept
+RELAX = 1.6  # over-relaxation of these: as good as a third more sweeps. From afar, in a first fit, it does harm
 KEPT_BYTES = 4 << 20  # of matrices (H + rho)^-1
 ROWS = 64  # of which products are summed together
 
@@ -66,20 +69,27 @@ class Chains:
         self.resolvents: dict[float, Tensor] = {}
         self.w_h = self._times_h(w)
 
-    def walk(self, chains: Sequence[Sequence[Point]], longer: float = 1.0) -> Iterator[tuple[Point, Fit]]:
-        """The fits; `longer` times as many sweeps as usual. The ranks of a chain do not grow."""
-        front, self.longer = None, longer
-        for i in range(max(map(len, chains))):
+    def walk(
+        self, chains: Sequence[Sequence[Point]], broad: int = 1, longer: float = 1.0
+    ) -> Iterator[tuple[Point, Fit]]:
+        """The fits. The ranks of a chain do not grow.
+
+        Args:
+            broad: the first point of a chain stands alone, then so many go on from the last one of those before.
+            longer: times as many sweeps as usual.
+        """
+        front, self.longer, lasts = None, longer, []
+        for i in range(1 + max((len(chain) + broad - 2) // broad for chain in chains)):
+            steps = [chain[max(0, 1 + (i - 1) * broad) : 1 + i * broad] for chain in chains]
+            points = [point for step in steps for point in step]
             if front is None:
-                front = self._first([chain[0] for chain in chains])
-                rounds, steps = FIRST_ROUNDS, FIRST_STEPS
+                front, rounds, conjugate = self._first(points), FIRST_ROUNDS, FIRST_STEPS
             else:
-                going = [c for c, chain in enumerate(chains) if len(chain) > i]
-                kept = [c for c, chain in enumerate(chains) if len(chain) >= i]
-                front = self._next(front, [kept.index(c) for c in going], [chains[c][i] for c in going])
-                rounds, steps = 1, NEXT_STEPS
+                front = self._next(front, [last for last, step in zip(lasts, steps, strict=True) for _ in step], points)
+                rounds, conjugate = 1, NEXT_STEPS
+            lasts = [end - 1 for end in accumulate(map(len, steps))]
             self._release()
-            found = self._settle(front, rounds, steps)
+            found = self._settle(front, rounds, conjugate)
             while found:
                 yield found.pop(0)
 
@@ -95,7 +105,7 @@ class Chains:
         del d, v
         for rho in PENALTIES:
             self._resolve(rho)
-            front = self._sweeps(front, max(1, self._count(FIRST_SWEEPS, FIRST_SWEEPS / 2, points)))
+            front = self._sweeps(front, max(1, self._count(*FIRST_SWEEPS, points)))
         return front
 
     def _next(self, front: Front, going: list[int], points: list[Point]) -> Front:
@@ -110,7 +120,7 @@ class Chains:
             q.append(u)
             v_h.append(vh.mT)
         d, z = front.d, front.z
-        if len(going) < len(front.points):
+        if going != [*range(len(front.points))]:
             d, z = (torch.cat([t[own] for own in owns]) for t in (d, z))
         front.d = front.z = None
         front = Front(points, _padded(q, 2), _padded(v_h, 1), d, z)
@@ -118,18 +128,19 @@ class Chains:
         for rho, sweeps, more in NEXT:
             if count := self._count(sweeps, more, points):
                 self._resolve(rho)
-                front = self._sweeps(front, count)
+                front = self._sweeps(front, count, RELAX)
         return front
 
     # The sweeps ---------------------------------------------------------------------------------------------------
 
-    def _sweeps(self, front: Front, count: int) -> Front:
+    def _sweeps(self, front: Front, count: int, relax: float = 1.0) -> Front:
         q, v_h, d, e, rho = front.q, front.v_h, front.d, front.z.div_(self.rho), self.rho
         front.d = front.z = None
-        chains, r, nnz = len(front.points), front.q.shape[2], [nnz for _, nnz in front.points]
+        chains, r, largest = len(front.points), front.q.shape[2], Largest([nnz for _, nnz in front.points], d)
         w, w_h, columns = self._each(self.w, chains), self._each(self.w_h, chains), self._columns(front)
         for _ in range(count):
             near = d.sub_(e)
+            e.mul_(2 - relax).add_(near, alpha=1 - relax)  # e + (1 - relax) d, in place
             spare = torch.add(w_h, near, alpha=rho)
             if r:
                 spare.baddbmm_(q, v_h, alpha=-1)
@@ -139,8 +150,8 @@ class Chains:
                 q = self._turned(near, torch.sub(w, s, out=spare), q, columns)
                 v_h = torch.bmm(q.mT, near)
             del near
-            free = s.add_(e)
-            d = keep_largest(free, nnz, spare)
+            free = s.mul_(relax).add_(e)
+            d = largest.keep(free, spare)
             e = free.sub_(d)
         return replace(front, q=q, v_h=v_h, d=d, z=e.mul_(rho))
 

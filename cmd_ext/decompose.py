@@ -32,10 +32,8 @@ from .projections import Fit, Sparse, linear_index
 DAMPING = 1e-2
 DEFAULT_COEFFICIENT = 0.7  # the best or near-best share of S on real layers once a third of the entries is kept
 CANCELLED = 0.03  # an error below it, as the difference of two squares, has lost digits
-WIDE, SINGLE = (
-    1024,
-    2.0,
-)  # columns beyond which no eigenbasis of H is made; sweeps of a single fit there, in chains' own
+WIDE = 1024  # columns beyond which no eigenbasis of H is made
+SINGLE = 3.5  # sweeps of a single fit there, in those of a chain's first
 BUDGET_UNITS = ("params", "bytes")
 
 
@@ -300,7 +298,7 @@ def _fit(w, h, g, groups, rank, nnz, damping, n_iter, tol, generator) -> list[De
     if wide and not exact:
         if nnz:
             chains = Chains(metric, blocks, n_iter, generator)
-            ((_, fit),) = chains.walk([[(rank, nnz)]], SINGLE)
+            ((_, fit),) = chains.walk([[(rank, nnz)]], longer=SINGLE)
             del chains
         else:
             q = metric.leading(blocks, rank, generator)

@@ -20,10 +20,12 @@ from .data_aware import SWEEPS, DataAware
 from .decompose import DAMPING, Decomposition, Sizes, check_sizes, results_of
 from .metric import Metric
 from .problems import problems, stacks
-from .projections import FEW, Fit, Sparse, leading_part
+from .projections import Fit, Sparse, leading_part
 
+FEW = 1 << 13  # entries up to which all fits together cost less than some that follow others
 APART = 0.1  # shares of S that differ by more belong to chains of their own
-TOGETHER = 1 << 19  # entries of the weights of chains that go in step
+TOGETHER = 1 << 19  # entries of the weights that go in step
+BROAD = 3  # points of a chain that do: few large products are cheaper than many small
 
 
 def decompose_path(
@@ -138,8 +140,9 @@ class Path:
         else:
             walker = Chains(self.metric, self.blocks, self.n_iter, self.generator)
             count = max(1, TOGETHER // self.blocks.numel())
-            for i in range(0, len(chains), count):
-                yield from walker.walk(chains[i : i + count])
+            broad = min(count, BROAD)
+            for i in range(0, len(chains), count // broad):
+                yield from walker.walk(chains[i : i + count // broad], broad)
 
     def _chains(self, points: set[Point]) -> list[list[Point]]:
         """By falling number of parameters, none with a growing rank."""

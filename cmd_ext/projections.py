@@ -11,7 +11,7 @@ from torch import Tensor
 from . import ops
 
 EXACT_SIDE = 1024  # up to this short side the leading part is exact: its cost is a few passes
-FEW = 1 << 13  # entries up to which the calls cost more than what they compute
+FEW = 1 << 14  # entries up to which one selection for all is cheaper than one for each
 
 
 @dataclass
@@ -75,29 +75,41 @@ def leading_part(w: Tensor, rank: int, generator: torch.Generator | None = None)
     return u, s[..., None] * vh
 
 
-def keep_largest(x: Tensor, nnz: Sequence[int], out: Tensor) -> Tensor:
-    """out <- x [b, m, n] without all but the nnz[i] >= 0 largest entries (and their equals) of each matrix."""
-    parts = x.reshape(len(nnz), 1, -1)
-    if parts.shape[2] > FEW:
-        for part, to, count in zip(parts, out.view_as(parts), nnz, strict=True):
+class Largest:
+    """Keeps the nnz[i] >= 0 largest entries (and their equals) of each of some matrices."""
+
+    def __init__(self, nnz: Sequence[int], like: Tensor) -> None:
+        """like: [b, m, n] as the arguments of the calls; len(nnz) matrices of b / len(nnz) blocks."""
+        self.nnz, self.most, self.sizes = nnz, max(nnz), None
+        self.entries = like.numel() // len(nnz)
+        if 0 < self.entries <= FEW:
+            # One selection for all: what a matrix wants less it gets as infinities, which are the largest.
+            place = torch.arange(self.most - min(nnz), device=like.device)
+            absent = torch.tensor([self.most - count for count in nnz], device=like.device)
+            self.sizes = like.new_empty(len(nnz), 1, self.entries + len(place))
+            self.sizes[:, :, self.entries :] = torch.where(place < absent[:, None, None], torch.inf, 0.0)
+
+    def keep(self, x: Tensor, out: Tensor) -> Tensor:
+        """out <- x without the others."""
+        parts, to = x.view(len(self.nnz), 1, -1), out.view(len(self.nnz), 1, -1)
+        if self.most == 0:
+            to.zero_()
+        elif self.sizes is None:
+            self._one_by_one(parts, to)
+        else:
+            size = torch.abs(parts, out=self.sizes[:, :, : self.entries])
+            least = ops.topk_csr(self.sizes, self.most)[0].amin(1)
+            torch.ge(size, least[:, None, None], out=to).mul_(parts)  # many times faster than with bool
+        return out
+
+    def _one_by_one(self, parts: Tensor, out: Tensor) -> None:
+        for part, to, count in zip(parts, out, self.nnz, strict=True):
             if count == 0:
                 to.zero_()
                 continue
             below = ops.topk_csr(part[None], count)[0].abs().amin()
             below = torch.nextafter(below, torch.zeros_like(below)).item()
             torch.hardshrink(part, below, out=to)  # many times faster than a mask
-        return out
-    most, size = max(nnz), parts.abs()
-    if most == 0:
-        return out.zero_()
-    if min(nnz) < most:  # one selection for all: what a matrix wants less it gets as infinities, which are the largest
-        absent = torch.tensor([most - count for count in nnz], device=x.device)
-        place = torch.arange(most - min(nnz), device=x.device)
-        filling = torch.where(place < absent[:, None, None], torch.inf, 0.0).to(x.dtype)
-        size = torch.cat([size, filling], 2)
-    least = ops.topk_csr(size, most)[0].amin(1)
-    torch.abs(parts, out=out.view_as(parts)).ge_(least[:, None, None]).mul_(parts)  # many times faster than with bool
-    return out
 
 
 def own_columns(ranks: Sequence[int], groups: int, u: Tensor) -> Tensor | None:

@@ -8,9 +8,9 @@
 //   select   a histogram of the candidates in the bracket, then nth_element within the one bucket that matters;
 //   write    what passes the threshold goes from scratch to the CSR, which keeps the order of a.
 //
-// Scratch holds at most count / 4 entries and a block per thread. Where more than that would pass (nnz near count,
+// Scratch holds at most count / 2 entries and a block per thread. Where more than that would pass (nnz near count,
 // ties) gather keeps the candidates of the bracket alone and counts the larger ones, and write reads a again; a bracket
-// of one key is only counted. Where the bracket missed, or is a cluster of more than count / 4, the threshold comes
+// of one key is only counted. Where the bracket missed, or is a cluster of more than 0.4 count, the threshold comes
 // from radix select over a: one read for each 11 bits of the key, without storage; with the reads before and after it 6
 // for float.
 //
@@ -48,7 +48,8 @@ namespace {
 constexpr int kBucketBits = 11, kBuckets = 1 << kBucketBits;
 constexpr int64_t kBlock = 4096;        // entries that are handled together, in the first-level cache
 constexpr int64_t kSmall = 1024;        // up to here nth_element needs no help
-constexpr double kMostKept = 0.2;       // share of a that gather may keep, but for chance
+constexpr double kMostKept = 0.2;       // share of a that gather may keep with columns, but for chance
+constexpr double kMostBetween = 0.4;    // and the candidates of the bracket alone
 constexpr double kFew = 0.05;           // share of a up to which entries are moved one by one
 constexpr int64_t kParallel = 1 << 17;  // fewer entries are not worth waking threads (10 to 40 us)
 using Histogram = std::array<int64_t, kBuckets>;
@@ -443,11 +444,11 @@ class Selection {
   bool gather(const Bracket<T>& bracket) {
     with_cols_ = bracket.share_from_low <= kMostKept;
     const double share = with_cols_ ? bracket.share_from_low : bracket.share;
-    if (share > kMostKept) return false;
+    if (share > kMostBetween) return false;
     const Range<T> range = with_cols_ ? Range<T>::at_least(bracket.low) : Range<T>::between(bracket.low, bracket.high);
     const bool few = bracket.share_from_low <= kFew;
     const int64_t pieces = int64_t(pieces_.size());
-    std::atomic<int64_t> budget = count_ / 4 + pieces * kBlock;
+    std::atomic<int64_t> budget = count_ / 2 + pieces * kBlock;
     std::atomic<bool> granted = true;
     for (Piece<T>& piece : pieces_)  // here, as the heap of this thread keeps its pages between calls
       piece.kept.reserve(int64_t(share * 1.1 * double(piece.end - piece.begin)) + kBlock, with_cols_, budget);
