@@ -141,13 +141,12 @@ def sparse_alone(run: Run, shape: Conv, layer: CMDConv2d) -> CMDConv2d:
 def forward_case(
     run: Run, name: str, shape: Conv, rank: int, density: float, goals: tuple[Goal, ...] = (), **options
 ) -> Case:
-    """U V + S in both memory formats; S alone in channels_last; against the dense layer and what torch composes."""
+    """In both memory formats, against the dense layer and what torch composes."""
     layer, (x, last) = layer_of(run, shape, rank, density), images(run, shape)
     want = exact(layer, x)
-    ours = {"channels_last": lambda: layer(last)}
+    ours = {"channels_last": lambda: layer(last), "NCHW": lambda: layer(x)}
     rivals, references = dense_rivals(layer, x, last), {}
     if rank:
-        ours["NCHW"] = lambda: layer(x)
         low = low_rank(layer, x, last)
         if not layer.nnz:
             rivals |= low
@@ -309,7 +308,7 @@ def backward_case(run: Run, name: str, part: str, shape: Conv, density: float, g
     useful = 2e-9 * shape.tokens * (sparse + (r * (3 * n + 2 * m) if r else 0))
     return Case(
         name,
-        {"channels_last": gradient(layer, last, dy_last, *ours)},
+        {"channels_last": gradient(layer, last, dy_last, *ours), "NCHW": gradient(layer, x, dy, *ours)},
         lambda got: max(error_of(a, want[b]) for a, b in zip(got, ours, strict=True)),
         run.tolerance,
         rivals,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 
 import torch
@@ -67,6 +67,7 @@ class Row:
     peak: float | None = None  # GFLOP/s
     note: str = ""
     goals: tuple[Goal, ...] = ()
+    ways: dict[str, Times] = field(default_factory=dict)  # to call us; `ours` is the fastest
 
     @property
     def rival(self) -> str | None:
@@ -91,6 +92,12 @@ class Row:
         found = [times.p50 for name, times in (self.rivals | self.references).items() if name.startswith(contender)]
         return min(found) / self.ours.p50 if found else None
 
+    def told(self) -> Row:
+        """With a note, which if there is none tells the ways to call us, the fastest first."""
+        ways = sorted(self.ways.items(), key=lambda way: way[1].p50)
+        told = [name if times is self.ours else f"{name} {times.p50:.3g} {self.unit}" for name, times in ways]
+        return self if self.note else replace(self, note=", ".join(told))
+
     def reached(self) -> list[dict]:
         """The row's goals that could be measured."""
         values = [(goal, goal.value(self)) for goal in self.goals]
@@ -108,6 +115,7 @@ class Row:
             "runs": self.ours.runs,
             "theirs": self.theirs,
             "unit": self.unit,
+            "ways": {name: times.p50 for name, times in self.ways.items()},
             "rival": self.rival,
             "wanted": next((goal.wanted for goal in self.goals if not goal.at_most), None),
             "note": self.note,
@@ -235,9 +243,10 @@ class Run:
             absent,
             case.gflop,
             self.peak(threads),
-            note or best,
+            note,
             case.goals,
-        )
+            {name: times["ours", name] for name in case.ours if name},
+        ).told()
 
     def _others(self, case: Case, errors: dict[str, float]) -> tuple[dict[str, object], dict[str, str]]:
         """The first results of the rivals and references that run here; why the others do not."""
@@ -317,7 +326,8 @@ def total(name: str, parts: list[tuple[Row, int]], best: str, goals: tuple[Goal,
         gflop=sum(count * row.gflop for row, count in parts),
         peak=rows[0].peak,
         goals=goals,
-    )
+        ways=sums(lambda row: row.ways),
+    ).told()
 
 
 @contextmanager
