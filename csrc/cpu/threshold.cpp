@@ -8,17 +8,18 @@
 //   select   a histogram of the candidates in the bracket, then nth_element within the one bucket that matters;
 //   write    what passes the threshold goes from scratch to the CSR, which keeps the order of a.
 //
-// Scratch holds at most count / 2 entries and a block per thread. Where more than that would pass (nnz near count,
-// ties) gather keeps the candidates of the bracket alone and counts the larger ones, and write reads a again; a bracket
-// of one key is only counted. Where the bracket missed, or is a cluster of more than 0.4 count, the threshold comes
-// from radix select over a: one read for each 11 bits of the key, without storage; with the reads before and after it 6
-// for float.
+// Scratch holds at most 0.6 count entries and a block per thread; it is kept between calls, as fresh pages would cost
+// more than the rest. Where more than a fifth of a would pass (nnz near count, ties) gather keeps the candidates of the
+// bracket alone and counts the larger ones, and write reads a again; a bracket of one key is only counted. Where the
+// bracket missed, or is a cluster of more than 0.4 count, the threshold comes from radix select over a: one read for
+// each 11 bits of the key, without storage; with the reads before and after it 6 for float.
 //
 // Compression is 8 floats or 4 doubles at a time with AVX2: the mask of the comparison looks up the lanes to move, and
 // whole vectors are stored, the tail of each overwritten by the next. No branch depends on the data, so that the time
 // is the same at any density: 0.2 to 0.3 ns an entry and thread on Zen 3 and 4, two stores that cross cache lines per
 // vector. (AVX-512's own compression took as long on Zen 4: as many bytes stored, with masks on top.) Where at most
-// kFew pass, gather moves them one by one: a word of bits tells which of 64, which costs 0.15 ns an entry.
+// kFew pass, gather moves them one by one: a word of bits tells which of 64, which costs 0.07 ns an entry at a density
+// of 1 %, 0.1 at 5 % and 0.17 at 12 %.
 //
 // Every piece (one a thread) has its own scratch, counts and output range: the result is that of a stable sort. Threads
 // share gather; what follows looks at the candidates alone and is shared only where they are many, as waking a thread
@@ -31,12 +32,13 @@
 #include <cmath>
 #include <functional>
 #include <limits>
-#include <memory>
+#include <optional>
 #include <tuple>
 #include <type_traits>
 #include <vector>
 
 #include "kernels.h"
+#include "scratch.h"
 #include "simd.h"
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -50,7 +52,10 @@ constexpr int64_t kBlock = 4096;        // entries that are handled together, in
 constexpr int64_t kSmall = 1024;        // up to here nth_element needs no help
 constexpr double kMostKept = 0.2;       // share of a that gather may keep with columns, but for chance
 constexpr double kMostBetween = 0.4;    // and the candidates of the bracket alone
-constexpr double kFew = 0.05;           // share of a up to which entries are moved one by one
+constexpr double kMostRoom = 0.6;       // share of the part of a thread that it has room for
+constexpr double kFew = 0.14;           // share of a up to which entries are moved one by one, 8 at once
+constexpr double kFour = 0.08;          // 4 at once
+constexpr double kTwo = 0.02;           // 2 at once
 constexpr int64_t kParallel = 1 << 17;  // fewer entries are not worth waking threads (10 to 40 us)
 using Histogram = std::array<int64_t, kBuckets>;
 
@@ -196,30 +201,46 @@ __attribute__((target("avx2,popcnt"))) int64_t compress_avx2(Source<T> in, Range
   return compress_scalar<kColumns>(in, j, in.count, range, out, found);
 }
 
-// Entries above `below`, of which there should be few: a word of bits tells which of 64, and those are moved one by
+// A bit for each of 64 entries, 1 where its magnitude is above `below`.
+template <class T>
+__attribute__((target("avx2"), always_inline)) inline uint64_t above_of_64(const T* a, __m256i magnitude,
+                                                                           __m256i below) {
+  constexpr int kWidth = simd::kLanes<T>;
+  const auto bits = [&](int i) __attribute__((target("avx2"), always_inline)) {
+    return _mm256_and_si256(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(a + i * kWidth)), magnitude);
+  };
+  uint64_t word = 0;
+  if constexpr (sizeof(T) == 8) {
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i)
+      word |= uint64_t(unsigned(_mm256_movemask_pd(_mm256_castsi256_pd(_mm256_cmpgt_epi64(bits(i), below))))) << 4 * i;
+  } else {  // four comparisons narrowed to bytes share one movemask; narrowing leaves groups of 4 entries out of order
+    const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+#pragma GCC unroll 2
+    for (int i = 0; i < 8; i += 4) {
+      const __m256i low =
+          _mm256_packs_epi32(_mm256_cmpgt_epi32(bits(i), below), _mm256_cmpgt_epi32(bits(i + 1), below));
+      const __m256i high =
+          _mm256_packs_epi32(_mm256_cmpgt_epi32(bits(i + 2), below), _mm256_cmpgt_epi32(bits(i + 3), below));
+      const __m256i bytes = _mm256_permutevar8x32_epi32(_mm256_packs_epi16(low, high), order);
+      word |= uint64_t(uint32_t(_mm256_movemask_epi8(bytes))) << 8 * i;
+    }
+  }
+  return word;
+}
+
+// Entries above range.below, of which there should be few: a word of bits tells which of 64, and those are moved one by
 // one. kAtOnce of them are moved whatever the word holds, so that its count seldom decides a branch. out.room >=
 // in.count.
-template <class T>
+template <int kAtOnce, class T>
 __attribute__((target("avx2,popcnt"))) int64_t compress_few_avx2(Source<T> in, Range<T> range, Target<T> out) {
-  constexpr int kWidth = simd::kLanes<T>, kAtOnce = 4;
   const __m256i magnitude = broadcast<T>(kMagnitude<T>), below = broadcast<T>(range.below);
   int64_t found = 0, j = 0;
   for (; j + 64 <= in.count; j += 64) {
-    uint64_t word = 0;
-#pragma GCC unroll 16
-    for (int i = 0; i < 64; i += kWidth) {
-      const __m256i raw = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(in.values + j + i));
-      const __m256i bits = _mm256_and_si256(raw, magnitude);
-      uint64_t mask;
-      if constexpr (sizeof(T) == 4)
-        mask = unsigned(_mm256_movemask_ps(_mm256_castsi256_ps(_mm256_cmpgt_epi32(bits, below))));
-      else
-        mask = unsigned(_mm256_movemask_pd(_mm256_castsi256_pd(_mm256_cmpgt_epi64(bits, below))));
-      word |= mask << i;
-    }
+    uint64_t word = above_of_64(in.values + j, magnitude, below);
     const int passed = __builtin_popcountll(word);
     for (int done = 0; done < passed || done == 0; done += kAtOnce) {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int i = 0; i < kAtOnce; ++i) {
         const int lane = __builtin_ctzll(word | uint64_t(1) << 63);
         out.values[found + done + i] = in.values[j + lane];
@@ -243,11 +264,14 @@ int64_t compress(const Source<T>& in, Range<T> range, const Target<T>& out) {
   return compress_scalar<kColumns>(in, 0, in.count, range, out, 0);
 }
 
-// compress with counted columns where few entries pass and the range has no end; out.room >= in.count.
+// compress with counted columns where the small `share` passes and the range has no end; out.room >= in.count.
 template <class T>
-int64_t compress_few(const Source<T>& in, Range<T> range, const Target<T>& out) {
+int64_t compress_few(const Source<T>& in, Range<T> range, const Target<T>& out, [[maybe_unused]] double share) {
 #if defined(__x86_64__)
-  if (simd::isa() != simd::Isa::scalar) return compress_few_avx2(in, range, out);
+  if (simd::isa() != simd::Isa::scalar)
+    return share <= kTwo    ? compress_few_avx2<2>(in, range, out)
+           : share <= kFour ? compress_few_avx2<4>(in, range, out)
+                            : compress_few_avx2<8>(in, range, out);
 #endif
   return compress_scalar<Columns::counted>(in, 0, in.count, range, out, 0);
 }
@@ -270,36 +294,11 @@ int64_t count_within(const T* values, int64_t count, Range<T> range) {
   return total;
 }
 
-// Scratch of one piece. All pieces draw on one budget of entries.
-template <class T>
-struct Buffer {
-  std::unique_ptr<T[]> values;
-  std::unique_ptr<int32_t[]> cols;
-  int64_t count = 0, capacity = 0;
-
-  // Makes room for `more` entries; false if the budget is spent.
-  bool reserve(int64_t more, bool with_cols, std::atomic<int64_t>& budget) {
-    if (count + more <= capacity) return true;
-    const int64_t larger = std::max(count + more, capacity + capacity / 4);
-    if ((budget -= larger - capacity) < 0) return false;
-    std::unique_ptr<T[]> moved_values(new T[larger]);
-    std::copy_n(values.get(), count, moved_values.get());
-    values = std::move(moved_values);
-    if (with_cols) {
-      std::unique_ptr<int32_t[]> moved_cols(new int32_t[larger]);
-      std::copy_n(cols.get(), count, moved_cols.get());
-      cols = std::move(moved_cols);
-    }
-    capacity = larger;
-    return true;
-  }
-};
-
 // The part of one thread: the entries [begin, end) of a.
 template <class T>
 struct Piece {
   int64_t begin, end;
-  Buffer<T> kept;                   // what gather kept
+  Target<T> kept = {};              // where gather puts what it keeps
   std::vector<int64_t> row_ends;    // where each row ends in `kept`
   Source<T> candidates;             // where the threshold and its ties are: `kept` or a itself
   int64_t larger = 0;               // entries above all candidates
@@ -434,11 +433,25 @@ class Selection {
   void search_all() {
     with_cols_ = false;
     for (Piece<T>& piece : pieces_) {
-      piece.kept = {};
       piece.candidates = {a_ + piece.begin, piece.end - piece.begin};
       piece.larger = piece.above = 0;
     }
   }
+
+  // Scratch for the candidates of each piece. What is not used of it costs nothing.
+  void reserve() {
+    int64_t total = 0;
+    for (const Piece<T>& piece : pieces_) total += room_of(piece);
+    scratch_.emplace(Slot::input, total * int64_t(sizeof(T) + sizeof(int32_t)));
+    T* values = reinterpret_cast<T*>(scratch_->get());
+    auto* cols = reinterpret_cast<int32_t*>(values + total);
+    for (Piece<T>& piece : pieces_) {
+      piece.kept = {values, cols, room_of(piece)};
+      values += piece.kept.room;
+      cols += piece.kept.room;
+    }
+  }
+  static int64_t room_of(const Piece<T>& piece) { return int64_t(kMostRoom * (piece.end - piece.begin)) + kBlock; }
 
   // Reads a for the candidates; false if they are too many.
   bool gather(const Bracket<T>& bracket) {
@@ -447,34 +460,31 @@ class Selection {
     if (share > kMostBetween) return false;
     const Range<T> range = with_cols_ ? Range<T>::at_least(bracket.low) : Range<T>::between(bracket.low, bracket.high);
     const bool few = bracket.share_from_low <= kFew;
-    const int64_t pieces = int64_t(pieces_.size());
-    std::atomic<int64_t> budget = count_ / 2 + pieces * kBlock;
+    reserve();
     std::atomic<bool> granted = true;
-    for (Piece<T>& piece : pieces_)  // here, as the heap of this thread keeps its pages between calls
-      piece.kept.reserve(int64_t(share * 1.1 * double(piece.end - piece.begin)) + kBlock, with_cols_, budget);
     for_pieces(count_, [&](Piece<T>& piece) {
-      Buffer<T>& kept = piece.kept;
+      const Target<T>& kept = piece.kept;
+      int64_t found = 0;
       for_rows(piece, n_, [&](int64_t row, int64_t begin, int64_t end) {
         for (int64_t block = begin; block < end && granted; block += kBlock) {
           const Source<T> in{a_ + block, std::min(kBlock, end - block), nullptr, int32_t(block - row * n_)};
-          if (!kept.reserve(in.count, with_cols_, budget)) {
+          if (found + in.count > kept.room) {
             granted = false;
             break;
           }
-          const Target<T> target{kept.values.get() + kept.count, kept.cols.get() + kept.count,
-                                 kept.capacity - kept.count};
+          const Target<T> target{kept.values + found, kept.cols + found, kept.room - found};
           if (few) {
-            kept.count += compress_few(in, range, target);
+            found += compress_few(in, range, target, share);
           } else if (with_cols_) {
-            kept.count += compress<Columns::counted>(in, range, target);
+            found += compress<Columns::counted>(in, range, target);
           } else {
-            kept.count += compress<Columns::none>(in, range, target);
+            found += compress<Columns::none>(in, range, target);
             piece.larger += count_within(in.values, in.count, Range<T>::above(bracket.high));
           }
         }
-        if (with_cols_) piece.row_ends.push_back(kept.count);
+        if (with_cols_) piece.row_ends.push_back(found);
       });
-      piece.candidates = {kept.values.get(), kept.count, kept.cols.get()};
+      piece.candidates = {kept.values, found, kept.cols};
     });
     return granted;
   }
@@ -577,6 +587,7 @@ class Selection {
   const ParallelFor& parallel_for_;
   std::vector<Piece<T>> pieces_;
   Key<T> threshold_ = 0;
+  std::optional<Scratch<char>> scratch_;
   bool with_cols_ = false;  // the candidates are all that may be written, with their columns
 };
 
