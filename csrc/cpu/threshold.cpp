@@ -8,11 +8,11 @@
 //   select   a histogram of the candidates in the bracket, then nth_element within the one bucket that matters;
 //   write    what passes the threshold goes from scratch to the CSR, which keeps the order of a.
 //
-// Scratch holds at most 0.6 count entries and a block per thread; it is kept between calls, as fresh pages would cost
-// more than the rest. Where more than a fifth of a would pass (nnz near count, ties) gather keeps the candidates of the
-// bracket alone and counts the larger ones, and write reads a again; a bracket of one key is only counted. Where the
-// bracket missed, or is a cluster of more than 0.4 count, the threshold comes from radix select over a: one read for
-// each 11 bits of the key, without storage; with the reads before and after it 6 for float.
+// Scratch holds at most 0.6 count entries and a block per thread; up to 64 MB are kept between calls, as fresh pages
+// would cost more than the rest. Where more than a fifth of a would pass (nnz near count, ties) gather keeps the
+// candidates of the bracket alone and counts the larger ones, and write reads a again; a bracket of one key is only
+// counted. Where the bracket missed, or is a cluster of more than 0.4 count, the threshold comes from radix select over
+// a: one read for each 11 bits of the key, without storage; with the reads before and after it 6 for float.
 //
 // Compression is 8 floats or 4 doubles at a time with AVX2: the mask of the comparison looks up the lanes to move, and
 // whole vectors are stored, the tail of each overwritten by the next. No branch depends on the data, so that the time
@@ -32,7 +32,7 @@
 #include <cmath>
 #include <functional>
 #include <limits>
-#include <optional>
+#include <memory>
 #include <tuple>
 #include <type_traits>
 #include <vector>
@@ -52,7 +52,8 @@ constexpr int64_t kBlock = 4096;        // entries that are handled together, in
 constexpr int64_t kSmall = 1024;        // up to here nth_element needs no help
 constexpr double kMostKept = 0.2;       // share of a that gather may keep with columns, but for chance
 constexpr double kMostBetween = 0.4;    // and the candidates of the bracket alone
-constexpr double kMostRoom = 0.6;       // share of the part of a thread that it has room for
+constexpr double kRoom = 1.3;           // for the candidates, in times of those that the sample promises
+constexpr double kMostRoom = 0.6;       // where that does not do for a piece: share of it
 constexpr double kFew = 0.14;           // share of a up to which entries are moved one by one, 8 at once
 constexpr double kFour = 0.08;          // 4 at once
 constexpr double kTwo = 0.02;           // 2 at once
@@ -438,33 +439,23 @@ class Selection {
     }
   }
 
-  // Scratch for the candidates of each piece. What is not used of it costs nothing.
-  void reserve() {
-    int64_t total = 0;
-    for (const Piece<T>& piece : pieces_) total += room_of(piece);
-    scratch_.emplace(Slot::input, total * int64_t(sizeof(T) + sizeof(int32_t)));
-    T* values = reinterpret_cast<T*>(scratch_->get());
-    auto* cols = reinterpret_cast<int32_t*>(values + total);
-    for (Piece<T>& piece : pieces_) {
-      piece.kept = {values, cols, room_of(piece)};
-      values += piece.kept.room;
-      cols += piece.kept.room;
-    }
-  }
-  static int64_t room_of(const Piece<T>& piece) { return int64_t(kMostRoom * (piece.end - piece.begin)) + kBlock; }
-
-  // Reads a for the candidates; false if they are too many.
+  // Reads a for the candidates; false if they are too many. Those of one piece may be many more than their share.
   bool gather(const Bracket<T>& bracket) {
     with_cols_ = bracket.share_from_low <= kMostKept;
     const double share = with_cols_ ? bracket.share_from_low : bracket.share;
-    if (share > kMostBetween) return false;
+    return share <= kMostBetween && (gather(bracket, kRoom * share) || gather(bracket, kMostRoom));
+  }
+
+  // room: a share of each piece.
+  bool gather(const Bracket<T>& bracket, double room) {
     const Range<T> range = with_cols_ ? Range<T>::at_least(bracket.low) : Range<T>::between(bracket.low, bracket.high);
-    const bool few = bracket.share_from_low <= kFew;
-    reserve();
+    reserve(room);
     std::atomic<bool> granted = true;
     for_pieces(count_, [&](Piece<T>& piece) {
       const Target<T>& kept = piece.kept;
       int64_t found = 0;
+      piece.larger = 0;
+      piece.row_ends.clear();
       for_rows(piece, n_, [&](int64_t row, int64_t begin, int64_t end) {
         for (int64_t block = begin; block < end && granted; block += kBlock) {
           const Source<T> in{a_ + block, std::min(kBlock, end - block), nullptr, int32_t(block - row * n_)};
@@ -473,8 +464,8 @@ class Selection {
             break;
           }
           const Target<T> target{kept.values + found, kept.cols + found, kept.room - found};
-          if (few) {
-            found += compress_few(in, range, target, share);
+          if (bracket.share_from_low <= kFew) {
+            found += compress_few(in, range, target, bracket.share_from_low);
           } else if (with_cols_) {
             found += compress<Columns::counted>(in, range, target);
           } else {
@@ -487,6 +478,23 @@ class Selection {
       piece.candidates = {kept.values, found, kept.cols};
     });
     return granted;
+  }
+
+  // Scratch for the candidates of each piece, a share of it and a block.
+  void reserve(double share) {
+    int64_t total = 0;
+    for (Piece<T>& piece : pieces_) {
+      piece.kept.room = int64_t(share * double(piece.end - piece.begin)) + kBlock;
+      total += piece.kept.room;
+    }
+    scratch_.reset();  // before the new one, which may then take its block
+    scratch_ = std::make_unique<Scratch<char>>(Slot::input, total * int64_t(sizeof(T) + sizeof(int32_t)));
+    T* values = reinterpret_cast<T*>(scratch_->get());
+    auto* cols = reinterpret_cast<int32_t*>(values + total);
+    for (Piece<T>& piece : pieces_) {
+      piece.kept.values = std::exchange(values, values + piece.kept.room);
+      piece.kept.cols = std::exchange(cols, cols + piece.kept.room);
+    }
   }
 
   // Sets the threshold, if it lies in [low, high]. No candidate is below low.
@@ -587,7 +595,7 @@ class Selection {
   const ParallelFor& parallel_for_;
   std::vector<Piece<T>> pieces_;
   Key<T> threshold_ = 0;
-  std::optional<Scratch<char>> scratch_;
+  std::unique_ptr<Scratch<char>> scratch_;
   bool with_cols_ = false;  // the candidates are all that may be written, with their columns
 };
 
