@@ -1,8 +1,9 @@
 """decompose_path(): one weight at many sizes (rank, nnz), at a fraction of the cost of as many single fits.
 
 The points form chains, each of one share of S and of falling size: the first fit of a chain stands alone, though it is
-shorter than a single one, and each of the others goes on from the one before. With data that is the matter of
-chains.py; without, the passes go on from the former S. Ranks alone are nested.
+shorter than a single one, and each of the others goes on from one before. With data that is the matter of chains.py;
+without, the passes go on from the former S. Ranks alone are nested. Where calls cost more than what they compute, a
+small weight is fitted at all points in one batch, each for itself.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from .metric import Metric
 from .problems import problems, stacks
 from .projections import Fit, Sparse, leading_part
 
-FEW = 1 << 13  # entries up to which all fits together cost less than some that follow others
+FEW = 1 << 13  # entries of a small weight
 APART = 0.1  # shares of S that differ by more belong to chains of their own
 TOGETHER = 1 << 19  # entries of the weights that go in step
 BROAD = 3  # points of a chain that do: few large products are cheaper than many small
