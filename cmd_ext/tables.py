@@ -23,7 +23,7 @@ from .allocation import Layer
 from .cpu_model import cache_folder
 from .decompose import Decomposition
 
-VERSION = 2  # of the fits and of the files: a table of another one is not found
+VERSION = 3  # of the fits and of the files: a table of another one is not found
 PARTS = ("u", "v", "values", "row_ptr", "col_idx")
 
 Point = tuple[int, int]  # rank, nnz
