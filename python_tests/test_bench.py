@@ -389,6 +389,14 @@ def test_targets_show_their_worst_row_and_who_misses():
     ]
 
 
+def test_the_note_of_a_row_tells_the_ways_to_call_us():
+    ways = {"NCHW": Times(3, 3, 3, 9), "channels_last": Times(2, 2, 2, 9)}
+    row = replace(measured(2.0), ours=ways["channels_last"], ways=ways)
+    assert row.told().note == "channels_last, NCHW 3 ms"
+    assert row.to_dict()["ways"] == {"NCHW": 3, "channels_last": 2}
+    assert replace(row, note="its own").told().note == "its own"
+
+
 def test_a_total_takes_the_best_rival_of_each_layer():
     first, second = measured(1.0, 8.0), measured(2.0, 6.0)
     second.rivals["dense NCHW"], second.rivals["dense packed"] = Times(9, 9, 9), Times(5, 5, 5)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from cmd_ext import ops, ref
+from cmd_ext.projections import Largest
 
 M, N = 150, 331  # more entries than one piece of work, rows not a multiple of a vector
 
@@ -93,3 +94,13 @@ def test_residual_topk_csr_selects_from_its_residual(groups, share):
     torch.testing.assert_close(residual, ref.residual_topk_csr(w, u, v, nnz)[0])
     assert_same(tuple(kept), ref.topk_csr(residual, nnz))
     assert torch.equal(w, before)
+
+
+@pytest.mark.parametrize("shape", [(12, 20), (40, 450)])  # one selection for all, and one for each
+@pytest.mark.parametrize("nnz", [[0, 0, 0], [0, 7, 200], [30, 30, 30], [1, 240, 90]])
+def test_largest_keeps_as_many_of_each_matrix(shape, nnz):
+    x = torch.randn(6, shape[0] // 2, shape[1], generator=torch.Generator().manual_seed(0))  # two blocks a matrix
+    out = Largest(nnz, x).keep(x, torch.full_like(x, torch.nan))
+    for part, kept, count in zip(x.view(3, -1), out.view(3, -1), nnz, strict=True):
+        index = part.abs().topk(count).indices
+        assert torch.equal(kept, torch.zeros_like(part).index_copy(0, index, part[index]))
